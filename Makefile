@@ -1,0 +1,38 @@
+# `make train` and `make test` need nothing but Python 3.11 or newer and make.
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/train/minimax-tiny.yaml
+BIN := $(VENV)/bin
+# Installed again whenever what is to be installed changes.
+READY := $(VENV)/.ready
+
+.PHONY: train test lint conformance memory clean
+
+train: $(READY)
+	$(BIN)/python train.py fit --config $(CONFIG)
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 tests
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# docs/conformance.md, from a run of the whole matrix.
+conformance: $(READY)
+	$(BIN)/python -m pytest -n 2 tests/conformance --write-conformance
+
+# Peak memory per token at 16,384 tokens against 4,096, into benchmarks/results.
+memory: $(READY)
+	$(BIN)/python -m benchmarks.memory
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	# torch first and alone: with no torch installed, another package's range would pull the CUDA build.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs .cache

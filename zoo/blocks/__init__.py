@@ -1,0 +1,39 @@
+"""Mixers and feed-forwards, one file each, found by the name under `kind:` in a model file."""
+
+from torch.nn import Identity
+
+from zoo.blocks.attention import Attention, AttentionConfig
+from zoo.blocks.base import FeedForward, FeedForwardConfig, Mixer, MixerConfig, RouterStatistics
+from zoo.blocks.context import SequenceContext
+from zoo.blocks.lightning import Lightning, LightningConfig
+from zoo.blocks.mamba import Mamba, MambaConfig
+from zoo.blocks.mamba2 import Mamba2, Mamba2Config
+from zoo.blocks.mlp import MLP, MLPConfig
+from zoo.blocks.moe import MoE, MoEConfig
+from zoo.blocks.none import NoFeedForwardConfig, NoMixerConfig
+from zoo.blocks.registry import Kind, kind_of, kinds, register
+from zoo.blocks.state import KeyValueState, State
+
+__all__ = [
+    "FeedForward",
+    "FeedForwardConfig",
+    "KeyValueState",
+    "Kind",
+    "Mixer",
+    "MixerConfig",
+    "RouterStatistics",
+    "SequenceContext",
+    "State",
+    "kind_of",
+    "kinds",
+    "register",
+]
+
+register("attention", AttentionConfig, Attention)
+register("lightning", LightningConfig, Lightning)
+register("mamba", MambaConfig, Mamba)
+register("mamba2", Mamba2Config, Mamba2)
+register("mlp", MLPConfig, MLP)
+register("moe", MoEConfig, MoE)
+register("none", NoMixerConfig, Identity)
+register("none", NoFeedForwardConfig, Identity)

@@ -1,0 +1,148 @@
+"""Softmax attention: multi-head (Vaswani et al. 2017, arXiv:1706.03762, section 3.2), grouped-query (Ainslie et al.
+2023, arXiv:2305.13245), windowed, with attention sinks (Xiao et al. 2023, arXiv:2309.17453).
+
+    o_t = sum_j softmax_j(q_t . k_j / sqrt(D)) v_j     over the visible j <= t
+    y = W_o (o)                                        with output_gate: W_o (sigmoid(W_g x) * o)
+
+B batch, T length, H query heads, K key/value heads, D head_dim. Each of the K heads serves H/K consecutive query heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from zoo import ops
+from zoo.blocks.base import Mixer, MixerConfig
+from zoo.blocks.context import SequenceContext
+from zoo.blocks.linear import in_projection, out_projection
+from zoo.blocks.norm import Norm, NormConfig
+from zoo.blocks.rope import RopeConfig, RotaryEmbedding
+from zoo.blocks.state import KeyValueState, State
+from zoo.schema import Count, FieldError, Size
+
+if TYPE_CHECKING:
+    from zoo.config import ZooConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(MixerConfig):
+    """Softmax attention: MHA, GQA or MQA, with rotary positions or none.
+
+    num_heads     query heads.
+    num_kv_heads  key and value heads (grouped-query attention); default num_heads.
+    head_dim      default hidden_size / num_heads.
+    rope          rotary positions; null for no positions at all.
+    window        how many keys a query sees, its own included; default all.
+    num_sinks     how many of the first keys stay visible beyond the window.
+    qk_norm       RMS-normalise each query and key head (before the rotation).
+    bias          biases on all projections.
+    output_gate   multiply the output by sigmoid(W_g x) before the last projection.
+    """
+
+    num_heads: Size
+    num_kv_heads: Size | None = None
+    head_dim: Size | None = None
+    rope: RopeConfig | None = RopeConfig()
+    window: Size | None = None
+    num_sinks: Count = 0
+    qk_norm: bool = False
+    bias: bool = False
+    output_gate: bool = False
+
+    def resolve(self, model: ZooConfig) -> Self:
+        head_dim = resolve_head_dim(self.head_dim, self.num_heads, model.hidden_size)
+        num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        if self.num_heads % num_kv_heads:
+            raise FieldError("num_kv_heads", f"must divide num_heads ({self.num_heads}), got {num_kv_heads}")
+        if self.num_sinks and self.window is None:
+            raise FieldError("num_sinks", f"needs a window to stand outside of, got {self.num_sinks} without one")
+        rope = self.rope
+        if rope is not None:
+            try:
+                rope = rope.resolve(head_dim)
+            except FieldError as error:
+                raise error.within("rope") from None
+        return replace(self, head_dim=head_dim, num_kv_heads=num_kv_heads, rope=rope)
+
+
+def resolve_head_dim(head_dim: int | None, num_heads: int, hidden_size: int) -> int:
+    """The given head_dim, or hidden_size / num_heads.
+
+    Raises:
+        FieldError: head_dim is not given and the heads do not divide the hidden size.
+    """
+    if head_dim is None and hidden_size % num_heads:
+        raise FieldError("num_heads", f"must divide hidden_size ({hidden_size}), got {num_heads}; or give head_dim")
+    return hidden_size // num_heads if head_dim is None else head_dim
+
+
+class Attention(Mixer):
+    def __init__(self, config: AttentionConfig, model: ZooConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.head_dim is not None and config.num_kv_heads is not None, "resolve() fills them in"
+        self.config = config
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        hidden, inner, inner_kv = model.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = in_projection(model, hidden, inner, config.bias)
+        self.k_proj = in_projection(model, hidden, inner_kv, config.bias)
+        self.v_proj = in_projection(model, hidden, inner_kv, config.bias)
+        self.gate_proj = in_projection(model, hidden, inner, config.bias) if config.output_gate else None
+        self.o_proj = out_projection(model, inner, config.bias)
+        norm = NormConfig(eps=model.norm_config.eps)
+        self.q_norm = Norm(self.head_dim, norm) if config.qk_norm else None
+        self.k_norm = Norm(self.head_dim, norm) if config.qk_norm else None
+        self.rotary = RotaryEmbedding(config.rope) if config.rope is not None else None
+
+    def forward(self, x: Tensor, context: SequenceContext, state: State | None = None) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            q, k = self.rotary(q, k, context.position_ids)
+        key_mask = context.padding_mask
+        if state is not None:
+            if context.cu_seqlens is not None:
+                raise ValueError("attention cannot continue a state with cu_seqlens; pad the rows instead of packing them")
+            assert isinstance(state, KeyValueState), "new_state() makes one"
+            k, v, key_mask = state.append(k, v, key_mask)
+        out = ops.softmax_attention(
+            q,
+            k,
+            v,
+            window=self.config.window,
+            num_sinks=self.config.num_sinks,
+            cu_seqlens=context.cu_seqlens,
+            key_mask=key_mask,
+        ).flatten(-2)
+        if self.gate_proj is not None:
+            out = out * self.gate_proj(x).sigmoid()
+        return self.o_proj(out)
+
+    def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        empty = torch.empty(batch_size, 0, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
+        return KeyValueState(empty, empty.clone(), self.config.window, self.config.num_sinks)
+
+    def state_bytes(self, batch: int, length: int) -> int:
+        if self.config.window is not None:
+            length = min(length, self.config.window - 1 + self.config.num_sinks)
+        keys_and_values = 2 * self.num_kv_heads * self.head_dim * self.o_proj.weight.dtype.itemsize
+        return batch * length * (keys_and_values + 1)  # and a byte of mask
+
+    def flops(self, batch: int, length: int) -> int:
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.gate_proj)
+        weights = sum(p.weight.numel() for p in projections if p is not None)
+        visible = visible_pairs(length, self.config.window, self.config.num_sinks)
+        return 2 * batch * (length * weights + 2 * visible * self.num_heads * self.head_dim)
+
+
+def visible_pairs(length: int, window: int | None, num_sinks: int) -> int:
+    """How many (query, key) pairs causal attention touches over `length` tokens."""
+    span = length if window is None else min(window + num_sinks, length)
+    # Query t (from 1) sees min(t, span) keys, for a window and its sinks together.
+    return span * (span + 1) // 2 + (length - span) * span

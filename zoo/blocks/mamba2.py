@@ -1,0 +1,142 @@
+"""Mamba-2 (Dao and Gu 2024, arXiv:2405.21060, sections 5 to 7): one scalar decay per head turns the selective scan into
+linear attention (state-space duality) with q = C, k = B, v = dt x, log_decay = dt A.
+
+    [z, x, B, C, dt] = W_in x;   [x, B, C] = SiLU(conv([x, B, C]))
+    dt = softplus(dt + dt_bias);   A = -exp(A_log)
+    S_t = exp(dt_t A) S_(t-1) + B_t (dt_t x_t)^T;   y_t = C_t S_t + D x_t
+    output W_out RMSNorm_group(y * SiLU(z))            gated before the norm; one norm per group
+
+H heads, P head_dim, N state_size, G num_groups (B and C of a group serve H/G consecutive heads), W conv_kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from zoo import ops
+from zoo.blocks.base import Mixer, MixerConfig, exempt_from_weight_decay
+from zoo.blocks.context import SequenceContext
+from zoo.blocks.linear import DepthwiseConv, in_projection, out_projection
+from zoo.blocks.mamba import initial_dt_bias
+from zoo.blocks.state import State
+from zoo.schema import FieldError, Size
+
+if TYPE_CHECKING:
+    from zoo.config import ZooConfig
+
+A_MIN, A_MAX = 1.0, 16.0  # range of the initial decay rates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config(MixerConfig):
+    """Mamba-2 (SSD): heads of a state-space model with one scalar decay each.
+
+    num_heads    heads; default 2 * hidden_size / head_dim.
+    head_dim     channels per head.
+    state_size   states per head.
+    num_groups   groups of heads that share B and C, and one norm each.
+    conv_kernel  taps of the short convolution.
+    """
+
+    num_heads: Size | None = None
+    head_dim: Size = 64
+    state_size: Size = 128
+    num_groups: Size = 1
+    conv_kernel: Size = 4
+
+    def resolve(self, model: ZooConfig) -> Self:
+        num_heads = self.num_heads
+        if num_heads is None:
+            if 2 * model.hidden_size % self.head_dim:
+                raise FieldError(
+                    "head_dim", f"must divide 2 * hidden_size ({2 * model.hidden_size}), got {self.head_dim}; or give num_heads"
+                )
+            num_heads = 2 * model.hidden_size // self.head_dim
+        if num_heads % self.num_groups:
+            raise FieldError("num_groups", f"must divide num_heads ({num_heads}), got {self.num_groups}")
+        return replace(self, num_heads=num_heads)
+
+
+class Mamba2(Mixer):
+    float32 = ("A_log", "D", "dt_bias")
+
+    def __init__(self, config: Mamba2Config, model: ZooConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.num_heads is not None, "resolve() fills it in"
+        self.config = config
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.num_groups, self.state_size = config.num_groups, config.state_size
+        self.inner = self.num_heads * self.head_dim
+        self.conv_channels = self.inner + 2 * self.num_groups * self.state_size
+        self.norm_eps = model.norm_config.eps
+        self.in_proj = in_projection(model, model.hidden_size, self.inner + self.conv_channels + self.num_heads)
+        self.conv = DepthwiseConv(self.conv_channels, config.conv_kernel)
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
+        exempt_from_weight_decay(self.dt_bias, self.A_log, self.D)
+        self.norm_weight = nn.Parameter(torch.empty(self.inner))
+        self.out_proj = out_projection(model, self.inner)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.copy_(self.dt_bias, initial_dt_bias(self.num_heads))
+        init.copy_(self.A_log, torch.empty(self.num_heads).uniform_(A_MIN, A_MAX).log())
+        init.ones_(self.D)
+        init.ones_(self.norm_weight)
+
+    def forward(self, x: Tensor, context: SequenceContext, state: State | None = None) -> Tensor:
+        x, cu_seqlens = context.pack(x)
+        z, xBC, dt = self.in_proj(x).split([self.inner, self.conv_channels, self.num_heads], dim=-1)
+        xBC, conv_state = ops.causal_conv1d(
+            xBC,
+            self.conv.weight,
+            self.conv.bias,
+            activation="silu",
+            initial_state=None if state is None else state["conv"],
+            return_state=True,
+            cu_seqlens=cu_seqlens,
+        )
+        groups = self.num_groups * self.state_size
+        values, B, C = xBC.split([self.inner, groups, groups], dim=-1)
+        values = values.unflatten(-1, (self.num_heads, self.head_dim))
+        B, C = (part.unflatten(-1, (self.num_groups, self.state_size)) for part in (B, C))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dt = F.softplus(dt.to(wide) + self.dt_bias)
+        out, S = ops.linear_attention(
+            C,
+            B,
+            (values * dt[..., None]).to(values.dtype),
+            dt * -torch.exp(self.A_log.to(wide)),
+            initial_state=None if state is None else state["S"],
+            return_state=True,
+            cu_seqlens=cu_seqlens,
+        )
+        if state is not None:
+            state.update(conv=conv_state, S=S)
+        y = out.to(wide) + self.D.to(wide)[:, None] * values
+        y = self._gated_norm(y.flatten(-2), z).to(z.dtype)
+        return context.unpack(self.out_proj(y))
+
+    def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
+        grouped = (y * F.silu(z.to(y.dtype))).unflatten(-1, (self.num_groups, -1))
+        return F.rms_norm(grouped, grouped.shape[-1:], eps=self.norm_eps).flatten(-2) * self.norm_weight
+
+    def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        wide = torch.promote_types(dtype, torch.float32)
+        conv = torch.zeros(batch_size, self.conv_channels, self.config.conv_kernel - 1, device=device, dtype=wide)
+        shape = batch_size, self.num_heads, self.state_size, self.head_dim
+        return State(conv=conv, S=torch.zeros(shape, device=device, dtype=wide))
+
+    def state_bytes(self, batch: int, length: int) -> int:
+        return 4 * batch * (self.conv_channels * (self.config.conv_kernel - 1) + self.inner * self.state_size)
+
+    def flops(self, batch: int, length: int) -> int:
+        weights = sum(p.weight.numel() for p in (self.in_proj, self.out_proj, self.conv))
+        return batch * length * (2 * weights + 4 * self.inner * self.state_size)

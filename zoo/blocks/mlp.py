@@ -1,0 +1,65 @@
+"""Feed-forward: plain (Vaswani et al. 2017, arXiv:1706.03762, section 3.3) or gated (Shazeer 2020, arXiv:2002.05202).
+
+    gated   W_down ( act(W_gate x) * (W_up x) )     SwiGLU with silu
+    plain   W_down act(W_up x)                      GELU; relu2 is relu(x)^2 (So et al. 2021, arXiv:2109.08668)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.blocks.base import FeedForward, FeedForwardConfig, RouterStatistics
+from zoo.blocks.context import SequenceContext
+from zoo.blocks.linear import in_projection, out_projection
+from zoo.schema import Size
+
+if TYPE_CHECKING:
+    from zoo.config import ZooConfig
+
+Activation = Literal["silu", "gelu", "relu2"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPConfig(FeedForwardConfig):
+    """A dense feed-forward.
+
+    intermediate_size  its width.
+    activation         silu, gelu or relu2.
+    gated              multiply by a second projection (SwiGLU, GEGLU).
+    bias               biases on all projections.
+    """
+
+    intermediate_size: Size
+    activation: Activation = "silu"
+    gated: bool = True
+    bias: bool = False
+
+
+class MLP(FeedForward):
+    def __init__(self, config: MLPConfig, model: ZooConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        hidden, inner = model.hidden_size, config.intermediate_size
+        self.gate_proj = in_projection(model, hidden, inner, config.bias) if config.gated else None
+        self.up_proj = in_projection(model, hidden, inner, config.bias)
+        self.down_proj = out_projection(model, inner, config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, RouterStatistics | None]:
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(x))), None
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x)), None
+
+    def flops(self, batch: int, length: int) -> int:
+        weights = sum(p.weight.numel() for p in (self.gate_proj, self.up_proj, self.down_proj) if p is not None)
+        return 2 * batch * length * weights

@@ -1,0 +1,152 @@
+"""Mixture of experts (Shazeer et al. 2017, arXiv:1701.06538; Jiang et al. 2024, arXiv:2401.04088, section 2.1), dropless.
+
+    p = softmax(W_r x)  in float32;   T = the top_k largest of p
+    y = sum_{e in T} w_e expert_e(x) + shared(x)      w_e = p_e, or p_e / sum_T p with renormalize
+
+    auxiliary loss  E sum_e f_e P_e                   f_e share of tokens that chose e, P_e mean p_e (arXiv:2101.03961,
+                                                      equation 4); balanced routing gives top_k
+    z-loss          mean logsumexp(W_r x)^2           Zoph et al. 2022, arXiv:2202.08906, equation 5
+
+Tokens are sorted by expert, so that each expert is one slice of one grouped matrix multiplication; none is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from zoo.blocks.base import FeedForward, FeedForwardConfig, RouterStatistics
+from zoo.blocks.context import SequenceContext
+from zoo.blocks.linear import in_projection, out_projection_std
+from zoo.blocks.mlp import ACTIVATIONS, MLP, Activation, MLPConfig
+from zoo.schema import Count, FieldError, NonNegative, Size
+
+if TYPE_CHECKING:
+    from zoo.config import ZooConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """`router:` of a mixture of experts.
+
+    kind           softmax.
+    aux_loss_coef  weight of the load-balancing loss.
+    z_loss_coef    weight of the z-loss.
+    """
+
+    kind: Literal["softmax"] = "softmax"
+    aux_loss_coef: NonNegative = 0.01
+    z_loss_coef: NonNegative = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig(FeedForwardConfig):
+    """A mixture of gated experts; each token passes through top_k of them.
+
+    intermediate_size   width of one expert.
+    num_experts         experts to choose from.
+    top_k               experts per token.
+    renormalize         scale the chosen experts' weights to sum to 1 (MiniMax, Mixtral; Jamba does not).
+    num_shared_experts  experts that every token passes through besides.
+    activation          silu, gelu or relu2.
+    router              how tokens choose, and the losses that keep the choice balanced.
+    """
+
+    intermediate_size: Size
+    num_experts: Size
+    top_k: Size = 2
+    renormalize: bool = True
+    num_shared_experts: Count = 0
+    activation: Activation = "silu"
+    router: RouterConfig = RouterConfig()
+
+    def resolve(self, model: ZooConfig) -> MoEConfig:
+        if self.top_k > self.num_experts:
+            raise FieldError("top_k", f"must be at most num_experts ({self.num_experts}), got {self.top_k}")
+        return self
+
+
+class Experts(nn.Module):
+    """Every expert's weights: `gate_up_proj` `[experts, 2 * intermediate, hidden]` (gate rows first) and `down_proj`
+    `[experts, hidden, intermediate]`."""
+
+    def __init__(self, config: MoEConfig, model: ZooConfig) -> None:
+        super().__init__()
+        experts, inner, hidden = config.num_experts, config.intermediate_size, model.hidden_size
+        self.std_in = model.initializer_range
+        self.std_out = out_projection_std(model)
+        self.activation = ACTIVATIONS[config.activation]
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.gate_up_proj, std=self.std_in)
+        init.normal_(self.down_proj, std=self.std_out)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """`x` `[tokens, hidden]` sorted by expert; `ends` int32 `[experts]`, where each expert's tokens end."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        gate_up = F.grouped_mm(x.to(dtype), self.gate_up_proj.to(dtype).transpose(1, 2), offs=ends)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.grouped_mm(self.activation(gate) * up, self.down_proj.to(dtype).transpose(1, 2), offs=ends)
+
+
+class MoE(FeedForward):
+    def __init__(self, config: MoEConfig, model: ZooConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.router = in_projection(model, model.hidden_size, config.num_experts)
+        self.experts = Experts(config, model)
+        shared = MLPConfig(
+            intermediate_size=max(1, config.num_shared_experts) * config.intermediate_size, activation=config.activation
+        )
+        self.shared = MLP(shared, model, layer_idx) if config.num_shared_experts else None
+
+    def forward(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, RouterStatistics | None]:
+        tokens = x.flatten(0, -2)
+        weights, chosen, statistics = self._route(tokens, context.padding_mask)
+        # Sorted by expert; stable, so that a token's place among its expert's tokens never depends on the others.
+        order = chosen.flatten().argsort(stable=True)
+        token_of = order // self.config.top_k
+        counts = F.one_hot(chosen.flatten(), self.config.num_experts).sum(0)
+        out = self.experts(tokens[token_of], counts.cumsum(0).int())
+        weighted = out * weights.flatten()[order, None].to(out.dtype)
+        y = torch.zeros_like(tokens, dtype=out.dtype).index_add(0, token_of, weighted).unflatten(0, x.shape[:-1])
+        if self.shared is not None:
+            y = y + self.shared(x, context)[0]
+        return y, statistics
+
+    def _route(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, RouterStatistics]:
+        """Weights and indices `[tokens, top_k]` of the chosen experts, and what the losses need of the real tokens."""
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        with torch.autocast(tokens.device.type, enabled=False):
+            logits = F.linear(tokens.to(wide), self.router.weight.to(wide))
+        probabilities = logits.softmax(-1)
+        weights, chosen = probabilities.topk(self.config.top_k, dim=-1)
+        if self.config.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        real = torch.ones_like(logits[:, 0]) if mask is None else mask.flatten().to(wide)
+        statistics = RouterStatistics(
+            tokens=real.sum(),
+            assignments=(F.one_hot(chosen, self.config.num_experts).sum(1) * real[:, None]).sum(0),
+            probabilities=(probabilities * real[:, None]).sum(0),
+            squared_log_z=(logits.logsumexp(-1).square() * real).sum(),
+        )
+        return weights, chosen, statistics
+
+    def num_active_params(self) -> int:
+        idle = self.config.num_experts - self.config.top_k
+        per_expert = (self.experts.gate_up_proj.numel() + self.experts.down_proj.numel()) // self.config.num_experts
+        return self.num_params() - idle * per_expert
+
+    def flops(self, batch: int, length: int) -> int:
+        per_token = self.num_active_params() - (self.shared.num_params() if self.shared is not None else 0)
+        shared = self.shared.flops(batch, length) if self.shared is not None else 0
+        return 2 * batch * length * per_token + shared

@@ -1,0 +1,117 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864, section 3.2), the two halves of a head paired.
+
+    (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin),  angle of pair i at position t = t * theta^(-2i/d)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from zoo.blocks.base import Float32Module
+from zoo.schema import FieldError, Positive, Size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """`rope:` in a model file.
+
+    type        default, linear (arXiv:2306.15595), yarn (arXiv:2309.00071) or llama3 (Llama 3.1's ramp).
+    theta       the base.
+    rotary_dim  how many dimensions of each head turn, from the first; default all.
+    factor      how many times longer the context became; needed by every type but default.
+    original_max_position_embeddings  the context before that; needed by yarn and llama3.
+    low_freq_factor, high_freq_factor  llama3's ramp.
+    beta_fast, beta_slow, attention_factor  yarn's ramp and the factor on cos and sin (default 0.1 ln(factor) + 1).
+    """
+
+    type: Literal["default", "linear", "yarn", "llama3"] = "default"
+    theta: Positive = 10_000.0
+    rotary_dim: Size | None = None
+    factor: Positive | None = None
+    original_max_position_embeddings: Size | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    beta_fast: Positive | None = None
+    beta_slow: Positive | None = None
+    attention_factor: Positive | None = None
+
+    def resolve(self, head_dim: int) -> RopeConfig:
+        """A copy with `rotary_dim` filled in.
+
+        Raises:
+            FieldError: rotary_dim odd or larger than the head, a field missing for this type or foreign to it.
+        """
+        rotary_dim = head_dim if self.rotary_dim is None else self.rotary_dim
+        if rotary_dim > head_dim or rotary_dim % 2:
+            raise FieldError("rotary_dim", f"must be even and at most head_dim ({head_dim}), got {rotary_dim}")
+        needed, allowed = _FIELDS[self.type]
+        for name in ("factor", "original_max_position_embeddings", *_RAMPS):
+            given = getattr(self, name) is not None
+            if name in needed and not given:
+                raise FieldError(name, f"is missing; rope type {self.type} needs it")
+            if given and name not in needed + allowed:
+                raise FieldError(name, f"does not belong to rope type {self.type}; remove it or change the type")
+        return replace(self, rotary_dim=rotary_dim)
+
+
+_RAMPS = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
+# type -> (fields it needs, fields it may have)
+_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "yarn": (("factor", "original_max_position_embeddings"), ("beta_fast", "beta_slow", "attention_factor")),
+    "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
+}
+
+
+class RotaryEmbedding(Float32Module):
+    """Turns queries and keys. The frequencies are a buffer that is computed, never saved."""
+
+    inv_freq: Tensor
+    float32 = ("inv_freq",)
+
+    def __init__(self, config: RopeConfig) -> None:
+        super().__init__()
+        assert config.rotary_dim is not None, "resolve() fills it in"
+        self.config = config
+        self.rotary_dim = config.rotary_dim
+        self.attention_factor = self._frequencies()[1]
+        self.register_buffer("inv_freq", torch.empty(self.rotary_dim // 2, dtype=torch.float32), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.copy_(self.inv_freq, self._frequencies()[0])
+
+    def _frequencies(self) -> tuple[Tensor, float]:
+        with torch.device("cpu"):
+            if self.config.type == "default":
+                exponents = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32) / self.rotary_dim
+                return 1.0 / self.config.theta**exponents, 1.0
+            names = ("factor", "original_max_position_embeddings", *_RAMPS)
+            parameters = {name: getattr(self.config, name) for name in names if getattr(self.config, name) is not None}
+            parameters |= {"rope_type": self.config.type, "rope_theta": self.config.theta}
+            original = self.config.original_max_position_embeddings or 0
+            config = PreTrainedConfig(
+                rope_parameters=parameters, head_dim=self.rotary_dim, max_position_embeddings=original
+            )
+            return ROPE_INIT_FUNCTIONS[self.config.type](config, torch.device("cpu"))
+
+    def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """`q`, `k` `[batch, length, heads, head_dim]` turned to `position_ids` `[batch, length]`. Angles are float32."""
+        angles = position_ids[..., None].float() * self.inv_freq
+        cos = (angles.cos() * self.attention_factor)[:, :, None]
+        sin = (angles.sin() * self.attention_factor)[:, :, None]
+        return self._turn(q, cos, sin), self._turn(k, cos, sin)
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        half = self.rotary_dim // 2
+        first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)

@@ -1,0 +1,331 @@
+"""The model file: one schema, one loader. YAML, the command line and config.json on the Hub are the same fields.
+
+`load_config` reads and checks; `ZooConfig` is the checked result, a transformers configuration whose `layers` are the
+pattern written out, every block with its typed configs.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+from zoo import yaml
+from zoo.blocks import kind_of
+from zoo.blocks.base import FeedForwardConfig, MixerConfig
+from zoo.blocks.norm import NormConfig
+from zoo.blocks.registry import Role
+from zoo.blocks.residual import Residual, residual_from_mapping
+from zoo.pattern import PatternError, parse
+from zoo.schema import (
+    Count,
+    FieldError,
+    Positive,
+    Size,
+    check,
+    from_mapping,
+    get_hints,
+    join,
+    nearest,
+    shown,
+)
+
+
+class ConfigError(ValueError):
+    """A mistake in a model file: one line with the file, the field, the value and the remedy."""
+
+
+@dataclass(frozen=True)
+class MixerPart:
+    """A layer's mixer: the name of its kind and its resolved config."""
+
+    kind: str
+    config: MixerConfig
+
+
+@dataclass(frozen=True)
+class FeedForwardPart:
+    """A layer's feed-forward: the name of its kind and its resolved config."""
+
+    kind: str
+    config: FeedForwardConfig
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: the block that the pattern names there, with everything resolved."""
+
+    name: str
+    mixer: MixerPart
+    ffn: FeedForwardPart
+    norm: NormConfig
+    residual: Residual
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ModelFile:
+    """The top level of a model file.
+
+    vocab_size           tokens the embedding knows.
+    hidden_size          width of the residual stream.
+    blocks               name -> {mixer, ffn, norm, residual}.
+    pattern              the order of blocks, bottom to top.
+    defaults             merged under every block.
+    residual             how sublayers join the stream: {kind: pre}.
+    norm                 {kind: rms, eps: 1e-6, zero_centered: false}.
+    tie_word_embeddings  whether the output head is the embedding.
+    initializer_range    standard deviation of initial weights.
+    """
+
+    vocab_size: Size
+    hidden_size: Size
+    blocks: dict
+    pattern: str | list[str]
+    defaults: dict | None = None
+    residual: dict | None = None
+    norm: NormConfig | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: Positive = 0.02
+    bos_token_id: Count | None = None
+    eos_token_id: Count | None = None
+    pad_token_id: Count | None = None
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(_ModelFile))
+_BLOCK_FIELDS = ("mixer", "ffn", "norm", "residual")
+_ROLES: tuple[Role, Role] = ("mixer", "ffn")
+
+
+class ZooConfig(PreTrainedConfig):
+    """A hybrid model, as a transformers configuration. The fields are those of a model file (DESIGN section 3).
+
+    Raises:
+        ConfigError: a field is wrong, missing or unknown.
+    """
+
+    model_type: ClassVar[str] = "zoo"
+    has_no_defaults_at_init: ClassVar[bool] = True
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: Any = None
+    hidden_size: Any = None
+    blocks: Any = None
+    pattern: Any = None
+    defaults: Any = None
+    residual: Any = None
+    norm: Any = None
+    tie_word_embeddings: Any = False
+    initializer_range: Any = 0.02
+    bos_token_id: Any = None
+    eos_token_id: Any = None
+    pad_token_id: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for key in kwargs:
+            if not key.startswith("_") and key not in _TRANSFORMERS_KEYS:
+                raise ConfigError(f"{key}: unknown key; {nearest(key, FIELDS)}")
+        mapping = self.to_mapping()
+        super().__post_init__(**kwargs)
+        try:
+            self._layers, self._norm = _resolve(mapping, self)
+        except FieldError as error:
+            raise ConfigError(str(error)) from None
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The pattern written out, bottom to top."""
+        return self._layers
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(parse(self.pattern))
+
+    @property
+    def norm_config(self) -> NormConfig:
+        """The norm of the model's own places (the final norm, norms inside mixers)."""
+        return self._norm
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The plain model-file mapping, without fields left at null."""
+        values = {name: getattr(self, name) for name in FIELDS}
+        return {name: copy.deepcopy(value) for name, value in values.items() if value is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        for derived in ("_layers", "_norm"):
+            output.pop(derived, None)
+        return output
+
+
+# What transformers itself may hand to a configuration beside our fields.
+_TRANSFORMERS_KEYS = (
+    {"torch_dtype", "num_labels", "name_or_path", "output_attentions", "attn_implementation", "experts_implementation"}
+    | {"transformers_version", "architectures", "dtype", "model_type", "auto_map", "use_cache"}
+    | set(GenerationConfig().to_dict())
+)
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> ZooConfig:
+    """Read and check a model file.
+
+    Args:
+        source: a YAML (or JSON) file, or the mapping one would hold.
+        overrides: `dotted.path=value` texts, the value as YAML: `blocks.softmax.mixer.num_heads=8`. They win.
+
+    Raises:
+        ConfigError: one line with the file, the field, the value and the remedy.
+    """
+    name = "" if isinstance(source, Mapping) else str(source)
+    try:
+        mapping = source if isinstance(source, Mapping) else yaml.load_file(Path(source))
+        if not isinstance(mapping, Mapping):
+            raise FieldError("", f"must be a mapping of fields such as vocab_size and blocks, got {shown(mapping)}")
+        mapping = copy.deepcopy(dict(mapping))
+        for override in overrides:
+            _override(mapping, override)
+        # config.json carries transformers' own keys beside ours.
+        if mapping.pop("model_type", "zoo") != "zoo":
+            raise FieldError("model_type", f"must be 'zoo', got {shown(source['model_type'])}")  # type: ignore[index,call-overload]
+        return ZooConfig(**{str(key): value for key, value in mapping.items()})
+    except (FieldError, yaml.YamlError, ConfigError) as error:
+        raise ConfigError(f"{name}: {error}" if name else str(error)) from None
+
+
+def _override(mapping: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise FieldError(override, "is not an override; write field.path=value")
+    inner: Any = mapping
+    for depth, key in enumerate(keys[:-1]):
+        if inner.get(key) is None:
+            inner[key] = {}
+        inner = inner[key]
+        if not isinstance(inner, dict):
+            raise FieldError(".".join(keys[: depth + 1]), f"has no fields to override, it is {shown(inner)}")
+    try:
+        value = yaml.load_text(text)
+    except yaml.YamlError:
+        value = text  # a pattern such as `*2` is no YAML; the schema will say what is wrong with it
+    inner[keys[-1]] = value
+
+
+def _resolve(mapping: Mapping[str, Any], model: ZooConfig) -> tuple[tuple[Layer, ...], NormConfig]:
+    """Check the whole file; the layers written out, and the model's norm.
+
+    Raises:
+        FieldError: at the first mistake.
+    """
+    file = from_mapping(_ModelFile, mapping, "")
+    try:
+        names = parse(file.pattern)
+    except PatternError as error:
+        raise FieldError("pattern", str(error)) from None
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(file, name)
+        if token is not None and token >= file.vocab_size:
+            raise FieldError(name, f"must be below vocab_size ({file.vocab_size}), got {token}")
+    norm = file.norm or NormConfig()
+    model._norm = norm  # blocks read it while they resolve
+    _check_defaults(file.defaults or {})
+    if not file.blocks:
+        raise FieldError("blocks", "is empty; define at least one block")
+    blocks = {}
+    for name, block in file.blocks.items():
+        if parse_name(name) is None:
+            raise FieldError(join("blocks", name), "is no block name; use letters, digits, _ - and ., from a letter")
+        blocks[name] = _resolve_block(name, block, file, norm, model)
+    for name in names:
+        if name not in blocks:
+            raise FieldError("pattern", f"unknown block {name!r}; {nearest(name, blocks)}")
+    return tuple(blocks[name] for name in names), norm
+
+
+def parse_name(name: str) -> str | None:
+    """`name` if a pattern could spell it."""
+    try:
+        return name if parse(name) == [name] else None
+    except PatternError:
+        return None
+
+
+def _resolve_block(name: str, block: Any, file: _ModelFile, norm: NormConfig, model: ZooConfig) -> Layer:
+    path = join("blocks", name)
+    if not isinstance(block, dict):
+        raise FieldError(path, f"must be a mapping with mixer and ffn, got {shown(block)}")
+    for key in block:
+        if key not in _BLOCK_FIELDS:
+            raise FieldError(join(path, key), f"unknown key; {nearest(key, _BLOCK_FIELDS)}")
+    merged = {key: _merge((file.defaults or {}).get(key), block.get(key)) for key in _BLOCK_FIELDS}
+    mixer_kind, mixer = _resolve_part("mixer", merged["mixer"], join(path, "mixer"), model)
+    ffn_kind, ffn = _resolve_part("ffn", merged["ffn"], join(path, "ffn"), model)
+    if mixer_kind == ffn_kind == "none":
+        raise FieldError(path, "has neither a mixer nor an ffn; give one of them")
+    if merged["norm"] is not None:
+        norm = from_mapping(NormConfig, merged["norm"], join(path, "norm"))
+    own_residual = merged["residual"] is not None
+    residual = residual_from_mapping(
+        merged["residual"] if own_residual else file.residual or {}, join(path, "residual") if own_residual else "residual"
+    )
+    return Layer(
+        name,
+        MixerPart(mixer_kind, mixer),
+        FeedForwardPart(ffn_kind, ffn),
+        norm,
+        residual.resolve(model),
+    )
+
+
+def _merge(default: Any, given: Any) -> Any:
+    """`given` over `default`, key by key; a given part of another kind replaces the default altogether."""
+    if not isinstance(default, dict) or not isinstance(given, dict):
+        return default if given is None else given
+    if given.get("kind", default.get("kind")) != default.get("kind"):
+        return given
+    return {key: _merge(default.get(key), given.get(key, default.get(key))) for key in default | given}
+
+
+def _resolve_part(role: Literal["mixer", "ffn"], mapping: Any, path: str, model: ZooConfig) -> tuple[str, Any]:
+    """The kind's name and its resolved config; a part that is not given is `none`."""
+    if mapping is None:
+        mapping = {"kind": "none"}
+    if not isinstance(mapping, dict):
+        raise FieldError(path, f"must be a mapping with a kind, got {shown(mapping)}")
+    if "kind" not in mapping:
+        raise FieldError(join(path, "kind"), "is missing; `zoo describe --kinds` lists them")
+    try:
+        kind = kind_of(role, mapping["kind"])
+        fields = {key: value for key, value in mapping.items() if key != "kind"}
+        return kind.name, from_mapping(kind.config_class, fields, "").resolve(model)
+    except FieldError as error:
+        raise error.within(path) from None
+
+
+def _check_defaults(defaults: dict) -> None:
+    """Check what `defaults` holds by itself: known keys and right types, though fields may be missing."""
+    for key, value in defaults.items():
+        path = join("defaults", key)
+        if key not in _BLOCK_FIELDS:
+            raise FieldError(path, f"unknown key; {nearest(key, _BLOCK_FIELDS)}")
+        if not isinstance(value, dict):
+            raise FieldError(path, f"must be a mapping, got {shown(value)}")
+        if key == "norm":
+            from_mapping(NormConfig, value, path)
+        elif key == "residual":
+            residual_from_mapping(value, path)
+        elif "kind" in value:
+            try:
+                hints = get_hints(kind_of(key, value["kind"]).config_class)
+            except FieldError as error:
+                raise error.within(path) from None
+            for name, entry in value.items():
+                if name == "kind":
+                    continue
+                if name not in hints:
+                    raise FieldError(join(path, name), f"unknown key; {nearest(name, hints)}")
+                check(hints[name], entry, join(path, name))

@@ -1,0 +1,257 @@
+"""The model as transformers knows it: PreTrainedModel, generate(), save_pretrained and the Auto classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.generation.utils import GenerationMode
+from transformers.utils import ModelOutput
+
+from zoo.blocks import RouterStatistics, SequenceContext
+from zoo.blocks.linear import Embedding, Linear
+from zoo.blocks.norm import Norm
+from zoo.config import ZooConfig
+from zoo.models.cache import ZooCache
+from zoo.models.decoder import DecoderLayer
+from zoo.models.loss import IGNORE_INDEX, linear_cross_entropy, router_loss
+
+
+@dataclass
+class ZooModelOutput(ModelOutput):
+    """What the decoder returns. `hidden_states` is the embedding and every layer's output, the last one normalised."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: ZooCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    router_statistics: tuple[RouterStatistics | None, ...] | None = None
+
+
+@dataclass
+class ZooCausalLMOutput(ModelOutput):
+    """What the language model returns.
+
+    loss           cross entropy plus the routers' weighted losses.
+    cross_entropy  the part that is about tokens, in nats per token.
+    aux_loss       the routers' part; None without routers.
+    logits         `[batch, length, vocab]`; None while training with labels, where they are never formed.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: ZooCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    cross_entropy: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+class ZooPreTrainedModel(PreTrainedModel):
+    config_class = ZooConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias"]
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Every module of ours that owns parameters or buffers can fill them; transformers' initialisers inside leave
+        # alone what a checkpoint has already loaded.
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+class ZooModel(ZooPreTrainedModel):
+    """Token embedding, the pattern's layers, a final norm."""
+
+    def __init__(self, config: ZooConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, std=config.initializer_range)
+        self.layers = nn.ModuleList(DecoderLayer(layer, config, i) for i, layer in enumerate(config.layers))
+        self.norm = Norm(config.hidden_size, config.norm_config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: ZooCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> ZooModelOutput:
+        """See ZooForCausalLM.forward."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length = x.shape[:2]
+        if past_key_values is None and use_cache:
+            past_key_values = self.new_cache(batch, x.device, x.dtype)
+        if past_key_values is not None and cu_seqlens is not None:
+            raise ValueError("packed documents (cu_seqlens) and a cache do not go together; pass use_cache=False")
+        context = SequenceContext.of(
+            x,
+            position_ids=position_ids,
+            # transformers passes the mask of the whole sequence; the states remember the part that is past.
+            padding_mask=None if attention_mask is None else attention_mask[:, -length:],
+            cu_seqlens=cu_seqlens,
+            seen=None if past_key_values is None else past_key_values.seen,
+        )
+        states = [None] * len(self.layers) if past_key_values is None else past_key_values.layers
+        hidden_states, statistics = [x], []
+        for layer, state in zip(self.layers, states, strict=True):
+            x, router = layer(x, context, state)
+            statistics.append(router)
+            if output_hidden_states:
+                hidden_states.append(x)
+        x = self.norm(x)
+        if past_key_values is not None:
+            mask = context.padding_mask
+            past_key_values.advance(length if mask is None else mask.sum(1), length)
+        return ZooModelOutput(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
+            router_statistics=tuple(statistics),
+        )
+
+    def new_cache(self, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> ZooCache:
+        """The states before the first token; keys and values in `dtype`."""
+        device = torch.device(device)
+        states = [layer.mixer and layer.mixer.new_state(batch_size, device, dtype) for layer in self.layers]
+        return ZooCache(states, batch_size, device)
+
+
+class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
+    """A hybrid language model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: ZooConfig) -> None:
+        super().__init__(config)
+        self.model = ZooModel(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, std=config.initializer_range)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: ZooCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+    ) -> ZooCausalLMOutput | tuple:
+        """One forward pass.
+
+        Args:
+            input_ids: `[batch, length]` int64; or `inputs_embeds` `[batch, length, hidden]`.
+            attention_mask: `[batch, length]` (or with the past's columns before it), nonzero at real tokens.
+            position_ids: `[batch, length]`; by default counted over real tokens, on from the cache.
+            past_key_values: a cache to continue from; it is updated in place.
+            labels: `[batch, length]`, the input ids themselves: position t is scored on label t+1; -100 is ignored.
+            use_cache: make a cache if none is given.
+            cu_seqlens: int32 `[documents + 1]`: documents packed into one row (batch 1).
+            num_items_in_batch: divide the summed cross entropy by this instead of by the number of labels.
+            logits_to_keep: only the last so many positions' logits; 0 is all.
+
+        Raises:
+            ValueError: arguments that exclude each other, or whose shapes do not fit.
+        """
+        output = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            cu_seqlens,
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+        )
+        hidden = output.last_hidden_state
+        loss = cross_entropy = aux_loss = logits = None
+        if labels is not None:
+            targets = labels[:, 1:].flatten()
+            items = (targets != IGNORE_INDEX).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            cross_entropy = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), self.lm_head.weight, targets) / items
+            aux_loss = self._router_loss(output.router_statistics)
+            loss = cross_entropy if aux_loss is None else cross_entropy + aux_loss
+        if labels is None or not self.training:
+            logits = self.lm_head(hidden[:, -logits_to_keep:])
+        result = ZooCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            cross_entropy=cross_entropy,
+            aux_loss=aux_loss,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def _router_loss(self, statistics: Iterable[RouterStatistics | None]) -> Tensor | None:
+        layers = zip(self.config.layers, statistics, strict=True)
+        return router_loss([(layer.ffn.config, router) for layer, router in layers if router is not None])
+
+    def num_params(self) -> int:
+        """Parameters, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_active_params(self) -> int:
+        """Parameters one token passes through; less than num_params only with experts."""
+        ffns = [layer.ffn for layer in self.model.layers if layer.ffn is not None]
+        return self.num_params() - sum(ffn.num_params() - ffn.num_active_params() for ffn in ffns)
+
+    def flops(self, batch: int, length: int) -> int:
+        """Matrix-multiply FLOPs of one forward pass with logits; a training step takes three times as many."""
+        parts = [part for layer in self.model.layers for part in (layer.mixer, layer.ffn) if part is not None]
+        head = 2 * batch * length * self.lm_head.weight.numel()
+        return head + sum(part.flops(batch, length) for part in parts)
+
+    def state_bytes(self, batch: int, length: int) -> int:
+        """Bytes of the cache after `length` tokens."""
+        mixers = [layer.mixer for layer in self.model.layers if layer.mixer is not None]
+        return sum(mixer.state_bytes(batch, length) for mixer in mixers)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # generate() must not make a key/value cache; see _prepare_cache_for_generation
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} is not available: "
+                "a hybrid model keeps one state per layer; leave it out"
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            model_kwargs["past_key_values"] = self.model.new_cache(rows, self.device, self.dtype)
+
+
+AutoConfig.register("zoo", ZooConfig)
+AutoModel.register(ZooConfig, ZooModel)
+AutoModelForCausalLM.register(ZooConfig, ZooForCausalLM)

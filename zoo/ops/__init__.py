@@ -1,0 +1,9 @@
+"""The mathematics of the mixers: pure functions on tensors, each with interchangeable backends (see dispatch.py)."""
+
+from zoo.ops.causal_conv1d import causal_conv1d
+from zoo.ops.dispatch import backend, backends
+from zoo.ops.linear_attention import linear_attention
+from zoo.ops.selective_scan import selective_scan
+from zoo.ops.softmax_attention import softmax_attention
+
+__all__ = ["backend", "backends", "causal_conv1d", "linear_attention", "selective_scan", "softmax_attention"]
