@@ -97,6 +97,11 @@ class _ModelFile:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(_ModelFile))
+_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(_ModelFile)
+    if field.default not in (dataclasses.MISSING, None)
+}
 _BLOCK_FIELDS = ("mixer", "ffn", "norm", "residual")
 _ROLES: tuple[Role, Role] = ("mixer", "ffn")
 
@@ -129,6 +134,9 @@ class ZooConfig(PreTrainedConfig):
         for key in kwargs:
             if not key.startswith("_") and key not in _TRANSFORMERS_KEYS:
                 raise ConfigError(f"{key}: unknown key; {nearest(key, FIELDS)}")
+        for name, default in _DEFAULTS.items():
+            if getattr(self, name) is None:  # null is the same as not given
+                setattr(self, name, default)
         mapping = self.to_mapping()
         super().__post_init__(**kwargs)
         try:
@@ -143,7 +151,7 @@ class ZooConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        return len(parse(self.pattern))
+        return self._num_layers
 
     @property
     def norm_config(self) -> NormConfig:
@@ -157,14 +165,15 @@ class ZooConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        for derived in ("_layers", "_norm"):
+        for derived in ("_layers", "_norm", "_num_layers"):
             output.pop(derived, None)
         return output
 
 
 # What transformers itself may hand to a configuration beside our fields.
 _TRANSFORMERS_KEYS = (
-    {"torch_dtype", "num_labels", "name_or_path", "output_attentions", "attn_implementation", "experts_implementation"}
+    {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    | {"torch_dtype", "num_labels", "name_or_path", "output_attentions", "attn_implementation", "experts_implementation"}
     | {"transformers_version", "architectures", "dtype", "model_type", "auto_map", "use_cache"}
     | set(GenerationConfig().to_dict())
 )
@@ -180,20 +189,39 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     Raises:
         ConfigError: one line with the file, the field, the value and the remedy.
     """
-    name = "" if isinstance(source, Mapping) else str(source)
+    prefix = "" if isinstance(source, Mapping) else f"{source}: "
     try:
-        mapping = source if isinstance(source, Mapping) else yaml.load_file(Path(source))
-        if not isinstance(mapping, Mapping):
+        mapping = _copy(source if isinstance(source, Mapping) else yaml.load_file(Path(source)))
+        if not isinstance(mapping, dict):
             raise FieldError("", f"must be a mapping of fields such as vocab_size and blocks, got {shown(mapping)}")
-        mapping = copy.deepcopy(dict(mapping))
         for override in overrides:
             _override(mapping, override)
-        # config.json carries transformers' own keys beside ours.
-        if mapping.pop("model_type", "zoo") != "zoo":
-            raise FieldError("model_type", f"must be 'zoo', got {shown(source['model_type'])}")  # type: ignore[index,call-overload]
-        return ZooConfig(**{str(key): value for key, value in mapping.items()})
+        return ZooConfig(**_own_fields(mapping))
+    except RecursionError:
+        raise ConfigError(f"{prefix}nests too deep, or contains itself; flatten it") from None
     except (FieldError, yaml.YamlError, ConfigError) as error:
-        raise ConfigError(f"{name}: {error}" if name else str(error)) from None
+        raise ConfigError(f"{prefix}{error}") from None
+
+
+def _copy(value: Any) -> Any:
+    """Plain data made of dicts and lists, shared with nobody."""
+    if isinstance(value, Mapping):
+        return {key: _copy(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copy(entry) for entry in value]
+    return value
+
+
+def _own_fields(mapping: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a model file. One that says its model_type is a config.json, with transformers' keys beside ours."""
+    model_type = mapping.get("model_type", "zoo")
+    if model_type != "zoo":
+        raise FieldError("model_type", f"must be 'zoo', got {shown(model_type)}")
+    foreign = {"model_type", "_name_or_path"} | _TRANSFORMERS_KEYS if "model_type" in mapping else set()
+    for key in mapping:
+        if key not in FIELDS and key not in foreign:
+            raise FieldError(join("", key), f"unknown key; {nearest(key, FIELDS)}")
+    return {key: value for key, value in mapping.items() if key in FIELDS}
 
 
 def _override(mapping: dict[str, Any], override: str) -> None:
@@ -201,6 +229,10 @@ def _override(mapping: dict[str, Any], override: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise FieldError(override, "is not an override; write field.path=value")
+    blocks = mapping.get("blocks")
+    # A whole new block may be given, but a field of a block that is not there is a slip of the pen.
+    if len(keys) > 2 and keys[0] == "blocks" and isinstance(blocks, dict) and keys[1] not in blocks:
+        raise FieldError(".".join(keys[:2]), f"unknown block; {nearest(keys[1], blocks)}")
     inner: Any = mapping
     for depth, key in enumerate(keys[:-1]):
         if inner.get(key) is None:
@@ -226,52 +258,55 @@ def _resolve(mapping: Mapping[str, Any], model: ZooConfig) -> tuple[tuple[Layer,
         names = parse(file.pattern)
     except PatternError as error:
         raise FieldError("pattern", str(error)) from None
+    model._num_layers = len(names)  # blocks read it while they resolve, and the norm
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = getattr(file, name)
         if token is not None and token >= file.vocab_size:
             raise FieldError(name, f"must be below vocab_size ({file.vocab_size}), got {token}")
     norm = file.norm or NormConfig()
-    model._norm = norm  # blocks read it while they resolve
+    residual = residual_from_mapping(file.residual or {}, "residual")
+    model._norm = norm
     _check_defaults(file.defaults or {})
     if not file.blocks:
         raise FieldError("blocks", "is empty; define at least one block")
     blocks = {}
     for name, block in file.blocks.items():
-        if parse_name(name) is None:
+        if not _is_block_name(name):
             raise FieldError(join("blocks", name), "is no block name; use letters, digits, _ - and ., from a letter")
-        blocks[name] = _resolve_block(name, block, file, norm, model)
+        blocks[name] = _resolve_block(name, block, file.defaults or {}, norm, residual, model)
     for name in names:
         if name not in blocks:
-            raise FieldError("pattern", f"unknown block {name!r}; {nearest(name, blocks)}")
+            raise FieldError("pattern", f"unknown block {shown(name)}; {nearest(name, blocks)}")
     return tuple(blocks[name] for name in names), norm
 
 
-def parse_name(name: str) -> str | None:
-    """`name` if a pattern could spell it."""
+def _is_block_name(name: object) -> bool:
+    """Whether a pattern could spell it."""
     try:
-        return name if parse(name) == [name] else None
+        return isinstance(name, str) and parse(name) == [name]
     except PatternError:
-        return None
+        return False
 
 
-def _resolve_block(name: str, block: Any, file: _ModelFile, norm: NormConfig, model: ZooConfig) -> Layer:
+def _resolve_block(
+    name: str, block: Any, defaults: dict[str, Any], norm: NormConfig, residual: Residual, model: ZooConfig
+) -> Layer:
+    """One block over the defaults; `norm` and `residual` are the model's, where the block has none of its own."""
     path = join("blocks", name)
     if not isinstance(block, dict):
         raise FieldError(path, f"must be a mapping with mixer and ffn, got {shown(block)}")
     for key in block:
         if key not in _BLOCK_FIELDS:
             raise FieldError(join(path, key), f"unknown key; {nearest(key, _BLOCK_FIELDS)}")
-    merged = {key: _merge((file.defaults or {}).get(key), block.get(key)) for key in _BLOCK_FIELDS}
-    mixer_kind, mixer = _resolve_part("mixer", merged["mixer"], join(path, "mixer"), model)
-    ffn_kind, ffn = _resolve_part("ffn", merged["ffn"], join(path, "ffn"), model)
+    merged = _merge(defaults, block)
+    mixer_kind, mixer = _resolve_part("mixer", merged.get("mixer"), join(path, "mixer"), model)
+    ffn_kind, ffn = _resolve_part("ffn", merged.get("ffn"), join(path, "ffn"), model)
     if mixer_kind == ffn_kind == "none":
         raise FieldError(path, "has neither a mixer nor an ffn; give one of them")
-    if merged["norm"] is not None:
+    if merged.get("norm") is not None:
         norm = from_mapping(NormConfig, merged["norm"], join(path, "norm"))
-    own_residual = merged["residual"] is not None
-    residual = residual_from_mapping(
-        merged["residual"] if own_residual else file.residual or {}, join(path, "residual") if own_residual else "residual"
-    )
+    if merged.get("residual") is not None:
+        residual = residual_from_mapping(merged["residual"], join(path, "residual"))
     return Layer(
         name,
         MixerPart(mixer_kind, mixer),
@@ -282,12 +317,13 @@ def _resolve_block(name: str, block: Any, file: _ModelFile, norm: NormConfig, mo
 
 
 def _merge(default: Any, given: Any) -> Any:
-    """`given` over `default`, key by key; a given part of another kind replaces the default altogether."""
+    """`given` over `default`, key by key. A part of another kind (or rope of another type) replaces the default
+    altogether, and null takes it away."""
     if not isinstance(default, dict) or not isinstance(given, dict):
-        return default if given is None else given
-    if given.get("kind", default.get("kind")) != default.get("kind"):
         return given
-    return {key: _merge(default.get(key), given.get(key, default.get(key))) for key in default | given}
+    if any(name in default and given.get(name, default[name]) != default[name] for name in ("kind", "type")):
+        return given
+    return default | {key: _merge(default.get(key), value) for key, value in given.items()}
 
 
 def _resolve_part(role: Literal["mixer", "ffn"], mapping: Any, path: str, model: ZooConfig) -> tuple[str, Any]:
@@ -318,7 +354,9 @@ def _check_defaults(defaults: dict) -> None:
             from_mapping(NormConfig, value, path)
         elif key == "residual":
             residual_from_mapping(value, path)
-        elif "kind" in value:
+        elif "kind" not in value:
+            raise FieldError(join(path, "kind"), "is missing; `zoo describe --kinds` lists them")
+        else:
             try:
                 hints = get_hints(kind_of(key, value["kind"]).config_class)
             except FieldError as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 MAX_LAYERS = 10_000
 MAX_DEPTH = 50
-_TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_][\w.-]*)|(?P<number>\d+)|(?P<mark>[()*]))")
+_TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_][\w.-]*)|(?P<number>\d+)|(?P<mark>[()*]))", re.ASCII)
 
 
 class PatternError(ValueError):
@@ -24,7 +24,7 @@ class PatternError(ValueError):
     def __init__(self, pattern: str, column: int, problem: str) -> None:
         # A long pattern is cut around the mistake, so that the caret stays on the screen.
         start = max(0, column - 60)
-        shown = pattern[start : column + 20]
+        shown = "".join(mark if mark.isprintable() else " " for mark in pattern[start : column + 20])
         super().__init__(f"{problem}\n  {shown}\n  {' ' * (column - start)}^")
 
 
@@ -46,7 +46,7 @@ def _tokens(pattern: str) -> list[_Token]:
         text = match[match.lastgroup]
         tokens.append(_Token(match.lastgroup if match.lastgroup != "mark" else text, text, match.start(match.lastgroup)))
         position = match.end()
-    tokens.append(_Token("end", "the end", end))
+    tokens.append(_Token("end", "", end))
     return tokens
 
 
@@ -59,7 +59,7 @@ def parse(pattern: str | Sequence[str]) -> list[str]:
     if not isinstance(pattern, str):
         names = list(pattern)
         if not names:
-            raise PatternError("[]", 0, "the pattern is empty; name at least one block")
+            raise PatternError("[]", 1, "the pattern is empty; name at least one block")
         if len(names) > MAX_LAYERS:
             raise PatternError(f"[{names[0]}, ...]", 0, f"{len(names)} layers; at most {MAX_LAYERS} are allowed")
         return names
@@ -87,7 +87,8 @@ def _sequence(pattern: str, tokens: list[_Token], position: int, depth: int) -> 
         if tokens[position].kind == "*":
             number = tokens[position + 1]
             if number.kind != "number" or len(number.text) > 9 or int(number.text) < 1:
-                raise PatternError(pattern, number.column, f"'*' needs a number from 1, got {number.text!r}")
+                got = "nothing" if number.kind == "end" else repr(number.text)
+                raise PatternError(pattern, number.column, f"'*' needs a number from 1, got {got}")
             if len(unit) * int(number.text) > MAX_LAYERS:
                 raise PatternError(pattern, number.column, f"more than {MAX_LAYERS} layers")
             unit, position = unit * int(number.text), position + 2
@@ -96,5 +97,6 @@ def _sequence(pattern: str, tokens: list[_Token], position: int, depth: int) -> 
             raise PatternError(pattern, token.column, f"more than {MAX_LAYERS} layers")
     if position == opening:
         column = tokens[position].column
-        raise PatternError(pattern, column, f"a block name is missing before {tokens[position].text!r}")
+        before = "the end" if tokens[position].kind == "end" else repr(tokens[position].text)
+        raise PatternError(pattern, column, f"a block name is missing before {before}")
     return names, position

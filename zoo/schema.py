@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
+import re
 import types
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -30,6 +32,7 @@ class DataclassInstance(Protocol):
 
 T = TypeVar("T", bound=DataclassInstance)
 
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _BOUNDS: dict[type, tuple[str, str]] = {Ge: ("ge", ">="), Gt: ("gt", ">"), Le: ("le", "<="), Lt: ("lt", "<")}
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a mapping"}
 
@@ -49,14 +52,17 @@ class FieldError(ValueError):
 
 def join(parent: str, key: object) -> str:
     """`parent.key`, without the dot where either is empty."""
-    return ".".join(part for part in (parent, str(key)) if part)
+    text = key if isinstance(key, str) and key.isprintable() and len(key) <= 200 else shown(key)
+    return ".".join(part for part in (parent, text) if part)
 
 
 def nearest(key: object, known: Iterable[str]) -> str:
     """The remedy for an unknown name: the nearest known one, or all of them."""
     known = list(known)
-    close = difflib.get_close_matches(str(key), known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"
+    close = difflib.get_close_matches(key if isinstance(key, str) else shown(key), known, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(known)}" if known else "remove it, there are no keys here"
 
 
 def expected(annotation: Any) -> str:
@@ -104,7 +110,7 @@ def check(annotation: Any, value: Any, path: str) -> Any:
     if origin is Literal:
         if isinstance(value, str) and value in arguments:
             return value
-        hint = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
+        hint = difflib.get_close_matches(value if isinstance(value, str) else shown(value), map(str, arguments), n=1)
         raise FieldError(path, wrong.problem + (f"; did you mean {hint[0]!r}?" if hint else ""))
     if origin in (Union, types.UnionType):
         if value is None:
@@ -127,9 +133,13 @@ def check(annotation: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         return from_mapping(annotation, value, path)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
     if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
-        raise wrong
+        quoted = annotation in (int, float) and isinstance(value, str) and _NUMBER.fullmatch(value)
+        raise FieldError(path, f"{wrong.problem}; remove the quotes") if quoted else wrong
     if annotation is float and not math.isfinite(value):
         raise FieldError(path, f"must be a finite number, got {value}")
     return value
@@ -157,6 +167,7 @@ def from_mapping(cls: type[T], mapping: Any, path: str) -> T:
     return cls(**values)
 
 
+@functools.cache
 def get_hints(cls: type) -> dict[str, Any]:
     """Field name -> annotation, in the order of the fields."""
     hints = get_type_hints(cls, include_extras=True)
@@ -164,6 +175,11 @@ def get_hints(cls: type) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """A value as an error message quotes it, cut to one short line."""
-    text = repr(value)
+    """A value as an error message quotes it: as YAML spells it, on one short line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print whole numbers of more than 4,300 digits
+        text = "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,5 +1,7 @@
 """zoo/train/schedules.py"""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ def test_cosine_passes_through_its_known_points():
     assert values[10] == 1.0
     assert values[55] == pytest.approx(0.55)  # half way down: the mean of 1 and 0.1
     assert values[100] == pytest.approx(0.1)
-    assert all(later <= earlier for earlier, later in zip(values[10:], values[11:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(values[10:]))
     assert cosine(1000, **COMMON) == pytest.approx(0.1)
 
 
@@ -25,7 +27,7 @@ def test_wsd_is_flat_between_warm_up_and_decay():
     assert set(values[9:81]) == {1.0}
     assert values[85] == pytest.approx(1 - 0.9 * 0.5)  # sqrt(5 / 20) = 1/2
     assert values[100] == pytest.approx(0.1)
-    assert all(later < earlier for earlier, later in zip(values[80:], values[81:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(values[80:]))
 
 
 @pytest.mark.parametrize("name", ["cosine", "wsd"])

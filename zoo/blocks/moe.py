@@ -13,7 +13,7 @@ Tokens are sorted by expert, so that each expert is one slice of one grouped mat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from transformers import initialization as init
 
 from zoo.blocks.base import FeedForward, FeedForwardConfig, RouterStatistics
 from zoo.blocks.context import SequenceContext
+from zoo.blocks.grouped import grouped_mm
 from zoo.blocks.linear import in_projection, out_projection_std
 from zoo.blocks.mlp import ACTIVATIONS, MLP, Activation, MLPConfig
 from zoo.schema import Count, FieldError, NonNegative, Size
@@ -90,12 +91,51 @@ class Experts(nn.Module):
         init.normal_(self.down_proj, std=self.std_out)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """`x` `[tokens, hidden]` sorted by expert; `ends` int32 `[experts]`, where each expert's tokens end."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        gate_up = F.grouped_mm(x.to(dtype), self.gate_up_proj.to(dtype).transpose(1, 2), offs=ends)
+        """`x` `[rows, hidden]` sorted by expert, in the dtype to compute in; `ends` int32 `[experts]`, where each
+        expert's rows end."""
+        gate_up = grouped_mm(x, self.gate_up_proj.to(x.dtype).transpose(1, 2), ends)
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.grouped_mm(self.activation(gate) * up, self.down_proj.to(dtype).transpose(1, 2), offs=ends)
+        return grouped_mm(self.activation(gate) * up, self.down_proj.to(x.dtype).transpose(1, 2), ends)
+
+
+class Assignment(NamedTuple):
+    """Where each token's copies stand among the rows, sorted by expert, that the experts work on.
+
+    rows    `[rows]` int64, the token in each row.
+    places  `[tokens, top_k]` int64, the row of each token's copies.
+    ends    int32 `[experts]`, where each expert's rows end.
+    """
+
+    rows: Tensor
+    places: Tensor
+    ends: Tensor
+
+
+def assign(chosen: Tensor, num_experts: int, round_up: bool) -> Assignment:
+    """Sort the copies of tokens by expert; `chosen` is int64 `[tokens, top_k]`.
+
+    round_up repeats an expert's last token until its number of rows is one of few (at most 1/8 more). oneDNN compiles a
+    bfloat16 kernel for each new shape, which takes longer than the multiplication itself, and routing would
+    otherwise bring new shapes at every step. Nothing reads the repeated rows.
+    """
+    top_k = chosen.shape[1]
+    # Stable, so that a token's row among its expert's rows never depends on tokens after it.
+    order = chosen.flatten().argsort(stable=True)
+    sorted_experts = chosen.flatten()[order]
+    counts = F.one_hot(sorted_experts, num_experts).sum(0)
+    starts = counts.cumsum(0) - counts
+    if not round_up:
+        places = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+        return Assignment(order // top_k, places.view_as(chosen), counts.cumsum(0).int())
+    step = 2 ** (counts.clamp(min=128).log2().floor() - 3).long()
+    ends = ((counts + step - 1) // step * step).cumsum(0)
+    row_starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    rank = torch.arange(len(order), device=order.device) - starts[sorted_experts]
+    places = torch.empty_like(order).scatter(0, order, row_starts[sorted_experts] + rank)
+    slots = torch.arange(int(ends[-1]), device=order.device)
+    experts = torch.searchsorted(ends, slots, right=True)
+    sources = starts[experts] + torch.minimum(slots - row_starts[experts], counts[experts] - 1)
+    return Assignment(order[sources] // top_k, places.view_as(chosen), ends.int())
 
 
 class MoE(FeedForward):
@@ -110,21 +150,22 @@ class MoE(FeedForward):
         self.shared = MLP(shared, model, layer_idx) if config.num_shared_experts else None
 
     def forward(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, RouterStatistics | None]:
-        tokens = x.flatten(0, -2)
-        weights, chosen, statistics = self._route(tokens, context.padding_mask)
-        # Sorted by expert; stable, so that a token's place among its expert's tokens never depends on the others.
-        order = chosen.flatten().argsort(stable=True)
-        token_of = order // self.config.top_k
-        counts = F.one_hot(chosen.flatten(), self.config.num_experts).sum(0)
-        out = self.experts(tokens[token_of], counts.cumsum(0).int())
-        weighted = out * weights.flatten()[order, None].to(out.dtype)
-        y = torch.zeros_like(tokens, dtype=out.dtype).index_add(0, token_of, weighted).unflatten(0, x.shape[:-1])
+        packed, _ = context.pack(x)  # padding is neither routed nor counted
+        tokens = packed.flatten(0, 1)
+        weights, chosen, statistics = self._route(tokens)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        jit = device == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+        rows, places, ends = assign(chosen, self.config.num_experts, round_up=jit)
+        out = self.experts(tokens.to(dtype).index_select(0, rows), ends)
+        copies = out.index_select(0, places.flatten()).unflatten(0, places.shape)
+        y = torch.einsum("tk,tkh->th", weights.to(copies.dtype), copies)
         if self.shared is not None:
-            y = y + self.shared(x, context)[0]
-        return y, statistics
+            y = y + self.shared(tokens, context)[0]
+        return context.unpack(y.view(packed.shape)), statistics
 
-    def _route(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, RouterStatistics]:
-        """Weights and indices `[tokens, top_k]` of the chosen experts, and what the losses need of the real tokens."""
+    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor, RouterStatistics]:
+        """Weights and indices `[tokens, top_k]` of the chosen experts, and what the losses need."""
         wide = torch.promote_types(tokens.dtype, torch.float32)
         with torch.autocast(tokens.device.type, enabled=False):
             logits = F.linear(tokens.to(wide), self.router.weight.to(wide))
@@ -132,12 +173,11 @@ class MoE(FeedForward):
         weights, chosen = probabilities.topk(self.config.top_k, dim=-1)
         if self.config.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        real = torch.ones_like(logits[:, 0]) if mask is None else mask.flatten().to(wide)
         statistics = RouterStatistics(
-            tokens=real.sum(),
-            assignments=(F.one_hot(chosen, self.config.num_experts).sum(1) * real[:, None]).sum(0),
-            probabilities=(probabilities * real[:, None]).sum(0),
-            squared_log_z=(logits.logsumexp(-1).square() * real).sum(),
+            tokens=torch.full_like(logits[:1, 0].sum(), tokens.shape[0]),
+            assignments=F.one_hot(chosen, self.config.num_experts).sum((0, 1)).to(wide),
+            probabilities=probabilities.sum(0),
+            squared_log_z=logits.logsumexp(-1).square().sum(),
         )
         return weights, chosen, statistics
 
@@ -149,4 +189,5 @@ class MoE(FeedForward):
     def flops(self, batch: int, length: int) -> int:
         per_token = self.num_active_params() - (self.shared.num_params() if self.shared is not None else 0)
         shared = self.shared.flops(batch, length) if self.shared is not None else 0
-        return 2 * batch * length * per_token + shared
+        combine = self.config.top_k * self.router.in_features  # the weighted sum of the experts' outputs
+        return 2 * batch * length * (per_token + combine) + shared

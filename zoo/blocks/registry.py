@@ -13,7 +13,7 @@ from typing import Literal
 from torch import nn
 
 from zoo.blocks.base import FeedForwardConfig, MixerConfig
-from zoo.schema import FieldError, nearest
+from zoo.schema import FieldError, nearest, shown
 
 Role = Literal["mixer", "ffn"]
 _BASES: dict[Role, type] = {"mixer": MixerConfig, "ffn": FeedForwardConfig}
@@ -68,7 +68,7 @@ def kind_of(role: Role, name: object) -> Kind:
     _load_plugins()
     if isinstance(name, str) and (role, name) in _kinds:
         return _kinds[role, name]
-    raise FieldError("kind", f"unknown {role} {name!r}; {nearest(name, [k.name for k in kinds() if k.role == role])}")
+    raise FieldError("kind", f"unknown {role} {shown(name)}; {nearest(name, [k.name for k in kinds() if k.role == role])}")
 
 
 def _load_plugins() -> None:
@@ -76,4 +76,10 @@ def _load_plugins() -> None:
     if not _plugins_loaded:
         _plugins_loaded = True  # before the calls: a plugin may itself look a kind up
         for entry_point in entry_points(group="zoo.blocks"):
-            entry_point.load()()
+            try:
+                entry_point.load()()
+            except Exception as error:  # whatever somebody else's code raises
+                _plugins_loaded = False
+                reason = " ".join(str(error).split())
+                problem = f"the plugin {entry_point.value} cannot be loaded ({reason}); fix or uninstall it"
+                raise FieldError("kind", problem) from error

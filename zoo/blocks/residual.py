@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from torch import Tensor
 
-from zoo.schema import FieldError, from_mapping, join, nearest
+from zoo.schema import FieldError, from_mapping, join, nearest, shown
 
 if TYPE_CHECKING:
     from zoo.config import ZooConfig
@@ -126,8 +126,8 @@ def residual_from_mapping(mapping: Any, path: str) -> Residual:
         FieldError: not a mapping, an unknown kind, or a field that kind does not have.
     """
     if not isinstance(mapping, dict):
-        raise FieldError(path, f"must be a mapping such as {{kind: pre}}, got {mapping!r}")
+        raise FieldError(path, f"must be a mapping such as {{kind: pre}}, got {shown(mapping)}")
     kind = mapping.get("kind", "pre")
-    if kind not in RESIDUALS:
-        raise FieldError(join(path, "kind"), f"unknown residual {kind!r}; {nearest(kind, RESIDUALS)}")
+    if not isinstance(kind, str) or kind not in RESIDUALS:
+        raise FieldError(join(path, "kind"), f"unknown residual {shown(kind)}; {nearest(kind, RESIDUALS)}")
     return from_mapping(RESIDUALS[kind], {key: value for key, value in mapping.items() if key != "kind"}, path)

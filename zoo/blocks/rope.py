@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Gt
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers import initialization as init
@@ -32,7 +33,7 @@ class RopeConfig:
     """
 
     type: Literal["default", "linear", "yarn", "llama3"] = "default"
-    theta: Positive = 10_000.0
+    theta: Annotated[float, Gt(1)] = 10_000.0
     rotary_dim: Size | None = None
     factor: Positive | None = None
     original_max_position_embeddings: Size | None = None
@@ -58,6 +59,8 @@ class RopeConfig:
                 raise FieldError(name, f"is missing; rope type {self.type} needs it")
             if given and name not in needed + allowed:
                 raise FieldError(name, f"does not belong to rope type {self.type}; remove it or change the type")
+        if self.low_freq_factor and self.high_freq_factor and self.low_freq_factor >= self.high_freq_factor:
+            raise FieldError("low_freq_factor", f"must be below high_freq_factor ({self.high_freq_factor})")
         return replace(self, rotary_dim=rotary_dim)
 
 
@@ -99,7 +102,11 @@ class RotaryEmbedding(Float32Module):
             parameters |= {"rope_type": self.config.type, "rope_theta": self.config.theta}
             original = self.config.original_max_position_embeddings or 0
             config = PreTrainedConfig(
-                rope_parameters=parameters, head_dim=self.rotary_dim, max_position_embeddings=original
+                rope_parameters=parameters,
+                head_dim=self.rotary_dim,
+                hidden_size=self.rotary_dim,  # read by yarn, as its default for head_dim
+                num_attention_heads=1,
+                max_position_embeddings=original,
             )
             return ROPE_INIT_FUNCTIONS[self.config.type](config, torch.device("cpu"))
 

@@ -1,15 +1,15 @@
 """The tokenised corpus on disk: written once, then memory-mapped by every process that trains on it.
 
 <cache_dir>/<key>/
-    tokens.bin       every document's tokens, each document ended by eos; uint16, or uint32 for vocabularies beyond 65,536
+    tokens.bin       every document's tokens, eos after each; uint16, or uint32 for vocabularies beyond 65,536
     documents.npz    offsets int64 [n + 1] (in tokens), byte_lengths int64 [n] (of UTF-8 text), hashes uint64 [n]
     tokenizer.json   only for bpe:N, which is trained on this corpus
     meta.json        sizes, checksum, source, tokenizer
 
-`key` is a hash of the source (files with sizes and modification times, or the data set's id) and the tokenizer. The folder is
-written under another name and renamed when it is complete and on disk, under a lock that the operating system drops when its
-holder dies; so readers see a whole cache or none, and a killed builder leaves nothing but a temporary folder, which the next
-builder removes.
+`key` is a hash of the source (files with sizes and modification times, or the data set's id) and the tokenizer. The
+folder is written under another name and renamed when it is complete and on disk, under a lock that the operating
+system drops when its holder dies; so readers see a whole cache or none, and a killed builder leaves nothing but a
+temporary folder, which the next builder removes.
 """
 
 import errno
@@ -41,8 +41,8 @@ BATCH_BYTES = 4 << 20  # text given to the tokenizer at once, so that it can use
 def held_out_documents(hashes: np.ndarray, byte_lengths: np.ndarray, fraction: float) -> np.ndarray:
     """Which documents are kept from training: bool [n].
 
-    Those with the smallest hashes of their content, until they hold `fraction` of the bytes; at least one. Equal documents
-    have equal hashes and stay together, so no held-out document has a copy in training.
+    Those with the smallest hashes of their content, until they hold `fraction` of the bytes; at least one. Equal
+    documents have equal hashes and stay together, so no held-out document has a copy in training.
 
     Args:
         hashes: uint64 [n]. byte_lengths: int64 [n]. fraction: above 0, below 1.
@@ -117,10 +117,11 @@ def _documents(source: Source) -> Iterator[tuple[str, bytes]]:
 
 def _train_tokenizer(spec: str, source: Source, fraction: float) -> PreTrainedTokenizerFast:
     """A tokenizer for `bpe:N` that has not seen the held-out documents."""
-    facts = np.array([(_hash(encoded), len(encoded)) for _, encoded in _documents(source)], dtype=np.uint64).reshape(-1, 2)
-    if not len(facts):
+    facts = [(_hash(encoded), len(encoded)) for _, encoded in _documents(source)]
+    if not facts:
         raise _empty(source)
-    used = ~held_out_documents(facts[:, 0], facts[:, 1].astype(np.int64), fraction)
+    hashes, byte_lengths = np.array(facts, dtype=np.uint64).T
+    used = ~held_out_documents(hashes, byte_lengths.astype(np.int64), fraction)
     return load_tokenizer(spec, compress((text for text, _ in _documents(source)), used))
 
 
@@ -140,29 +141,51 @@ class _Writer:
     """Writes tokens.bin document by document; counts what goes into documents.npz and meta.json."""
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+        self.token_bytes = 0
+        self.crc32 = 0
         self.lengths: list[int] = []
         self.byte_lengths: list[int] = []
         self.hashes: list[int] = []
-        self.crc32 = 0
-        self._file = (folder / "tokens.bin").open("wb")
+        self._bytes_per_token = bytes_per_token(tokenizer).numpy()
+        self.dtype = _dtype(len(self._bytes_per_token))
         self._eos = tokenizer.eos_token_id
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.encode_special_tokens = True  # "<eos>" in a document is text, not the end of it
+        self._file = (folder / "tokens.bin").open("wb")
 
     def write(self, batch: list[tuple[str, bytes]]) -> None:
         encodings = self._backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
         for (_, encoded), encoding in zip(batch, encodings, strict=True):
-            data = np.array([*encoding.ids, self._eos], dtype=self.dtype).tobytes()
-            self._file.write(data)
-            self.crc32 = zlib.crc32(data, self.crc32)
-            self.lengths.append(len(encoding.ids) + 1)
+            tokens = np.array([*encoding.ids, self._eos], dtype=self.dtype)
+            self._file.write(tokens)
+            self.crc32 = zlib.crc32(tokens, self.crc32)
+            self.token_bytes += int(self._bytes_per_token[tokens[:-1]].sum())
+            self.lengths.append(len(tokens))
             self.byte_lengths.append(len(encoded))
             self.hashes.append(_hash(encoded))
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _dtype(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def _tokenise(source: Source, writer: _Writer) -> None:
+    title = f"tokenising {source.name}"[:60]
+    with tqdm(total=source.num_bytes or None, unit="B", unit_scale=True, desc=title) as progress:
+        batch, size = [], 0
+        for document in _documents(source):
+            batch.append(document)
+            size += len(document[1])
+            if size >= BATCH_BYTES:
+                writer.write(batch)
+                progress.update(size)
+                batch, size = [], 0
+        writer.write(batch)
+        progress.update(size)
 
 
 def _build(folder: Path, source: Source, spec: str, tokenizer: PreTrainedTokenizerFast | None, fraction: float) -> None:
@@ -172,33 +195,28 @@ def _build(folder: Path, source: Source, spec: str, tokenizer: PreTrainedTokeniz
         tokenizer = _train_tokenizer(spec, source, fraction)
     writer = _Writer(folder, tokenizer)
     try:
-        with tqdm(total=source.num_bytes or None, unit="B", unit_scale=True, desc=f"tokenising {source.name}"[:60]) as progress:
-            batch, size = [], 0
-            for document in _documents(source):
-                batch.append(document)
-                size += len(document[1])
-                if size >= BATCH_BYTES:
-                    writer.write(batch)
-                    progress.update(size)
-                    batch, size = [], 0
-            writer.write(batch)
-            progress.update(size)
+        _tokenise(source, writer)
     finally:
         writer.close()
     if not writer.lengths:
         raise _empty(source)
 
-    offsets = np.concatenate([[0], np.cumsum(writer.lengths)]).astype(np.int64)
-    byte_lengths = np.array(writer.byte_lengths, dtype=np.int64)
+    offsets = np.concatenate([[0], np.cumsum(writer.lengths)])
     with (folder / "documents.npz").open("wb") as file:
-        np.savez(file, offsets=offsets, byte_lengths=byte_lengths, hashes=np.array(writer.hashes, dtype=np.uint64))
+        np.savez(
+            file,
+            offsets=offsets.astype(np.int64),
+            byte_lengths=np.array(writer.byte_lengths, dtype=np.int64),
+            hashes=np.array(writer.hashes, dtype=np.uint64),
+        )
     if trained:
         (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str())
     meta = {
         "source": source.name,
         "tokenizer": spec,
         "documents": len(writer.lengths),
-        "bytes": int(byte_lengths.sum()),
+        "bytes": sum(writer.byte_lengths),
+        "token_bytes": writer.token_bytes,
         "tokens": int(offsets[-1]),
         "skipped_files": source.skipped,
         "dtype": writer.dtype.name,
@@ -207,30 +225,30 @@ def _build(folder: Path, source: Source, spec: str, tokenizer: PreTrainedTokeniz
     (folder / "meta.json").write_text(json.dumps(meta, indent=2))
     for path in [*folder.iterdir(), folder]:
         _sync(path)
-    _report(folder, meta, tokenizer)
+    _report(meta)
 
 
-def _report(folder: Path, meta: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
+def _report(meta: dict[str, Any]) -> None:
     """One line on what was read, and one more if the tokenizer does not keep every byte."""
     skipped = f"; skipped {meta['skipped_files']} files that are not UTF-8" if meta["skipped_files"] else ""
-    print(
-        f"{meta['source']}: {meta['documents']:,} documents, {meta['bytes']:,} bytes, {meta['tokens']:,} tokens{skipped}",
-        file=sys.stderr,
-    )
-    counts = np.bincount(np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"), minlength=len(tokenizer))
-    covered = int(counts @ bytes_per_token(tokenizer).numpy())
-    if covered != meta["bytes"]:
-        print(
-            f"{meta['tokenizer']}: its tokens stand for {covered:,} bytes, the text has {meta['bytes']:,}: the tokenizer "
-            "changes the text, so bits per byte are not comparable with other tokenizers'",
-            file=sys.stderr,
+    sizes = f"{meta['documents']:,} documents, {meta['bytes']:,} bytes, {meta['tokens']:,} tokens"
+    _say(f"{meta['source']}: {sizes}{skipped}")
+    if meta["token_bytes"] != meta["bytes"]:
+        _say(
+            f"{meta['tokenizer']}: its tokens stand for {meta['token_bytes']:,} bytes, the text has {meta['bytes']:,}: "
+            "the tokenizer changes the text, so its bits per byte are not comparable with another's"
         )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _replace(folder: Path, complete: Path) -> None:
     """Puts the complete folder where nothing or a damaged cache stands."""
     if folder.exists():
-        damaged = complete.with_suffix(".tmp-damaged")
+        damaged = folder.with_suffix(".damaged")
+        shutil.rmtree(damaged, ignore_errors=True)
         folder.rename(damaged)
         complete.rename(folder)
         shutil.rmtree(damaged)
@@ -241,20 +259,29 @@ def _replace(folder: Path, complete: Path) -> None:
 
 def _open(folder: Path, tokenizer: PreTrainedTokenizerFast | None) -> TokenCache | None:
     """The cache in the folder, or None where there is none or it cannot be used."""
+    if not folder.exists():
+        return None
     try:
         return TokenCache(folder, tokenizer)
-    except FileNotFoundError:
-        return None
     except Exception as error:  # a damaged file can make json, zipfile, numpy and tokenizers raise almost anything
-        print(f"{folder}: unusable token cache ({' '.join(str(error).split())}); building it again", file=sys.stderr)
+        _say(f"{folder}: unusable token cache ({' '.join(str(error).split())}); building it again")
         return None
 
 
-def _disk_error(cache_dir: Path, source: Source, written: int, error: OSError) -> DataError:
+def _disk_error(cache_dir: Path, source: Source, vocab_size: int, error: OSError) -> DataError:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return DataError(f"{cache_dir}: the token cache cannot be written ({error.strerror}); set data.cache_dir elsewhere")
-    # A token is at least one byte of text and takes at most 4 bytes here; a data set of unknown size needs more than was written.
-    return DataError("")
+        return DataError(
+            f"{cache_dir}: the token cache cannot be written ({error.strerror}); set data.cache_dir elsewhere"
+        )
+    needed = "more bytes than that for its token cache"
+    if source.num_bytes:  # local files: at most one token per byte, an eos and three int64 per document
+        size = _dtype(vocab_size).itemsize
+        total = sum((len(encoded) + 1) * size + 24 for _, encoded in _documents(source))
+        needed = f"up to {total:,} bytes for its token cache"
+    return DataError(
+        f"{cache_dir}: the disk is full, {shutil.disk_usage(cache_dir).free:,} bytes are free and {source.name} needs "
+        f"{needed}; free space or set data.cache_dir elsewhere"
+    )
 
 
 def load_corpus(source: Source, tokenizer_spec: str, cache_dir: str | Path, validation_fraction: float) -> TokenCache:
@@ -268,17 +295,33 @@ def load_corpus(source: Source, tokenizer_spec: str, cache_dir: str | Path, vali
         cache_dir: where caches lie; made if missing.
         validation_fraction: the part of the text that a tokenizer `bpe:N` must not see.
 
-    Raises DataError for text that is not UTF-8, an empty corpus, a tokenizer that cannot be loaded, a disk that is full.
+    Raises DataError for text that is not UTF-8, an empty corpus, a tokenizer that cannot be loaded, a disk that is
+    full.
     """
-    is_trained = bpe_size(tokenizer_spec) is not None
-    tokenizer = None if is_trained else load_tokenizer(tokenizer_spec)
-    tokenizer_identity = [tokenizer_spec, validation_fraction] if tokenizer is None else [
-        tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id]  # fmt: skip
-    key = _digest(json.dumps([FORMAT, source.identity, tokenizer_identity]).encode())
-    cache_dir = Path(cache_dir).expanduser()
+    trained_size = bpe_size(tokenizer_spec)
+    if trained_size is not None:
+        tokenizer, vocab_size, identity = None, trained_size, [tokenizer_spec, validation_fraction]
+    else:
+        tokenizer = load_tokenizer(tokenizer_spec)
+        vocab_size, identity = len(tokenizer), [tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id]
+    key = _digest(json.dumps([FORMAT, source.identity, identity]).encode())
+    cache_dir = Path(cache_dir).expanduser().resolve()
     folder, temporary = cache_dir / key, cache_dir / f"{key}.tmp"
 
     cache = _open(folder, tokenizer)
     if cache is not None:
         return cache
-    ...
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_dir / f"{key}.lock"):
+            if _open(folder, tokenizer) is None:  # nobody built it while this process waited
+                shutil.rmtree(temporary, ignore_errors=True)  # of a builder that was killed
+                temporary.mkdir()
+                try:
+                    _build(temporary, source, tokenizer_spec, tokenizer, validation_fraction)
+                    _replace(folder, temporary)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise _disk_error(cache_dir, source, vocab_size, error) from error
+    return TokenCache(folder, tokenizer)

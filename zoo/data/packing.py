@@ -52,11 +52,12 @@ class PackedText:
         return self._cache.tokens[index].astype(np.int64), starts[starts >= start] - start
 
     def batch(self, start: int, stop: int, sequence_length: int) -> Batch:
-        """Tokens start to stop of the stream as one row of sequences, each of sequence_length (the last may be shorter).
+        """Tokens start to stop of the stream as one row of sequences, each of sequence_length (the last may be
+        shorter).
 
-        Returns {"input_ids": int64 [1, stop - start], "labels": the same with -100 at the first token of every piece of a
-        document (the model shifts: logits at t predict labels[t + 1]), "cu_seqlens": int32 [n + 1], where pieces start; a
-        new one starts with each document and with each sequence}.
+        Returns {"input_ids": int64 [1, stop - start], "labels": the same with -100 at the first token of every piece
+        of a document (the model shifts: logits at t predict labels[t + 1]), "cu_seqlens": int32 [n + 1], where pieces
+        start; a new one starts with each document and with each sequence}.
         """
         tokens, boundaries = [], [np.arange(0, stop - start, sequence_length), [stop - start]]
         position = start

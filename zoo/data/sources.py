@@ -1,7 +1,7 @@
 """Where text comes from: files, folders, globs, the standard library's own sources, or a Hugging Face data set.
 
-A source yields documents. One document is one `str`; nothing in it is changed (no newline translation, no stripping), and
-its bytes are UTF-8 everywhere, so that generated text, tokenizers of the Hub and bits per byte agree.
+A source yields documents. One document is one `str`; nothing in it is changed (no newline translation, no stripping),
+and its bytes are UTF-8 everywhere, so that generated text, tokenizers of the Hub and bits per byte agree.
 
     path/to/text.txt      one file is one long text: cut into documents (see `cut`)
     path/to/folder        every file below it that is not hidden, one document each
@@ -29,8 +29,9 @@ HUB_PREFIX = "hf:"
 class Source(Protocol):
     """Documents that can be read any number of times, always in the same order.
 
-    name: what the user wrote. identity: JSON-able; differs whenever the text may differ. num_bytes: the size of the text, 0
-    where it is not known before reading. skipped: files left out by the last reading because they are not UTF-8.
+    name: what the user wrote. identity: JSON-able; differs whenever the text may differ. num_bytes: the size of the
+    text, 0 where it is not known before reading. skipped: files left out by the last reading because they are not
+    UTF-8.
     """
 
     name: str
@@ -44,8 +45,8 @@ class Source(Protocol):
 def cut(text: str) -> list[str]:
     """Cuts one long text into documents; joined, they are the text again.
 
-    A document ends at the first blank line after 1/256 of the text, but not before 2,048 and not after 65,536 characters; if
-    there is none within four times that, at a line's end; if there is none either, anywhere.
+    A document ends at the first blank line after 1/256 of the text, but not before 2,048 and not after 65,536
+    characters; if there is none within four times that, at a line's end; if there is none either, anywhere.
     """
     shortest = min(max(len(text) // 256, 2048), 65536)
     longest = 4 * shortest
@@ -53,16 +54,9 @@ def cut(text: str) -> list[str]:
     return re.findall(pattern, text, re.DOTALL)
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte {error.start} (0x{error.object[error.start]:02x}) is not UTF-8 text; convert the file "
-            "(iconv -f latin1 -t utf-8) or leave it out with a glob"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check data.source and the file's permissions") from None
+def _fingerprint(files: list[Path]) -> list[tuple[str, int, int]]:
+    stats = [path.stat() for path in files]
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(files, stats, strict=True)]
 
 
 class Files:
@@ -73,23 +67,24 @@ class Files:
         self.skipped = 0
         self._files = [(path, False) for path in whole] + [(path, True) for path in long]
         self._skip_undecodable = skip_undecodable
-        stats = [path.stat() for path, _ in self._files]
-        self.num_bytes = sum(stat.st_size for stat in stats)
-        self.identity = [
-            [str(path), is_long, stat.st_size, stat.st_mtime_ns]
-            for (path, is_long), stat in zip(self._files, stats, strict=True)
-        ]
+        self.identity = [_fingerprint(whole), _fingerprint(long)]
+        self.num_bytes = sum(size for files in self.identity for _, size, _ in files)
 
     def __iter__(self) -> Iterator[str]:
         self.skipped = 0
         for path, is_long in self._files:
             try:
-                text = _read(path)
-            except DataError:
-                if not self._skip_undecodable:
-                    raise
-                self.skipped += 1
-                continue
+                text = path.read_bytes().decode("utf-8")
+            except UnicodeDecodeError as error:
+                if self._skip_undecodable:
+                    self.skipped += 1
+                    continue
+                raise DataError(
+                    f"{path}: byte {error.start} (0x{error.object[error.start]:02x}) is not UTF-8 text; convert "
+                    "the file (iconv -f latin1 -t utf-8) or leave it out with a glob"
+                ) from None
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
             yield from cut(text) if is_long else [text]
 
 
@@ -104,10 +99,11 @@ class HubDataset:
         options = dict(parse_qsl(query))
         unknown = sorted(options.keys() - {"config", "split", "field"})
         if not path or unknown:
-            raise DataError(f"data.source: {name}: write hf:org/name?config=NAME&split=train&field=text" + (
-                f" (unknown option {unknown[0]})" if unknown else ""))  # fmt: skip
+            reason = f"unknown option {unknown[0]}" if unknown else "no id"
+            raise DataError(f"data.source: {name}: {reason}; write hf:org/name?config=NAME&split=train&field=text")
         self.name = name
-        self.identity = name
+        # A local folder may change under its name.
+        self.identity = [name, _fingerprint(_visible_files(Path(path)))]
         self._path = path
         self._config = options.get("config")
         self._split = options.get("split", "train")
@@ -131,8 +127,8 @@ class HubDataset:
         except Exception as error:  # load_dataset raises whatever its readers and the network raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise DataError(
-                f"data.source: {self.name}: the data set cannot be read ({reason}); check the id, ?config= and ?split=, "
-                "and the network"
+                f"data.source: {self.name}: the data set cannot be read ({reason}); check the id, ?config=, "
+                "?split= and the network"
             ) from error
 
 
@@ -155,18 +151,18 @@ class _Chain:
             yield from source
 
 
-def _visible_files(folder: Path) -> list[Path]:
+def _visible_files(folder: Path, without: tuple[str, ...] = ()) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in without)
         found += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
     return [path for path in found if path.is_file()]
 
 
 def _standard_library() -> Files:
     root = Path(sysconfig.get_path("stdlib"))
-    others = {"site-packages", "dist-packages", "__pycache__"}
-    files = [path for path in _visible_files(root) if path.suffix == ".py" and not others & set(path.parts)]
+    found = _visible_files(root, without=("site-packages", "dist-packages", "__pycache__"))
+    files = [path for path in found if path.suffix == ".py"]
     # Some test files are deliberately not UTF-8.
     return Files(STDLIB, whole=files, long=[], skip_undecodable=True)
 
@@ -190,14 +186,16 @@ def _open_one(name: str) -> Source:
             raise DataError(f"data.source: {name}: no file matches this pattern; check it with ls (from {Path.cwd()})")
         return Files(name, whole=files, long=[])
     raise DataError(
-        f"data.source: {name}: no such file or folder (from {Path.cwd()}); give a file, a folder, a glob, {STDLIB} or hf:org/name"
+        f"data.source: {name}: no such file or folder (from {Path.cwd()}); give a file, a folder, a glob, {STDLIB} or "
+        "hf:org/name"
     )
 
 
 def open_source(names: str | Iterable[str]) -> Source:
     """Opens one source or several in a row (see the top of this file). Reads no text yet.
 
-    Raises DataError for a missing file or folder, a pattern without a match, or a data set id that is not written right.
+    Raises DataError for a missing file or folder, a pattern without a match, or a data set id that is not written
+    right.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:

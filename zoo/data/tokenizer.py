@@ -1,10 +1,11 @@
 """Tokenizers: plain bytes (no download), a folder or Hub id, or a byte-level BPE trained on the corpus.
 
-All are transformers fast tokenizers, so `save_pretrained` writes a folder that AutoTokenizer loads without this project.
-Byte-level: each of the 256 bytes has its own printable character in the vocabulary (GPT-2, Radford et al. 2019, section
-2.2), so any text can be written and no token is unknown.
+All are transformers fast tokenizers, so `save_pretrained` writes a folder that AutoTokenizer loads without this
+project. Byte-level: each of the 256 bytes has its own printable character in the vocabulary (GPT-2, Radford et al.
+2019, section 2.2), so any text can be written and no token is unknown.
 """
 
+import json
 from collections.abc import Iterable
 
 import torch
@@ -31,7 +32,8 @@ def bpe_size(spec: str) -> int | None:
 
 
 def wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    """A transformers tokenizer around a byte-level one. "<eos>" written in a text stays text, or round trips would break."""
+    """A transformers tokenizer around a byte-level one. "<eos>" written in a text stays text, or round trips would
+    break."""
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=EOS,
@@ -76,8 +78,8 @@ def load_tokenizer(spec: str, documents: Iterable[str] | None = None) -> PreTrai
             `documents`; the same documents give the same tokenizer), a tokenizer folder, or a Hub id.
         documents: the training text, for "bpe:N" only.
 
-    Raises DataError for a spec that cannot be loaded, a slow tokenizer, one without an end-of-sequence token, or a corpus too
-    small for N entries.
+    Raises DataError for a spec that cannot be loaded, a slow tokenizer, one without an end-of-sequence token, or a
+    corpus too small for N entries.
     """
     if spec == "bytes":
         return _bytes_tokenizer()
@@ -108,12 +110,13 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     Summed over a document's tokens it is the document's length in bytes, exactly for byte-level tokenizers, and for
     SentencePiece ones (U+2581 is a space, <0xAB> one byte) unless they normalise the text or put a space before it.
     """
-    backend = tokenizer.backend_tokenizer
     added = tokenizer.added_tokens_decoder
+    vocabulary = tokenizer.get_vocab()
     characters = set(BYTE_CHARACTERS.values())
-    is_byte_level = isinstance(backend.decoder, decoders.ByteLevel) or '"ByteLevel"' in backend.to_str().rpartition('"model"')[0]
-    lengths = torch.zeros(len(tokenizer), dtype=torch.int64)
-    for token, index in tokenizer.get_vocab().items():
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
+    is_byte_level = '"ByteLevel"' in json.dumps(decoder)
+    lengths = torch.zeros(max(vocabulary.values()) + 1, dtype=torch.int64)
+    for token, index in vocabulary.items():
         if index in added:
             lengths[index] = 0 if added[index].special else len(token.encode())
         elif is_byte_level and characters.issuperset(token):

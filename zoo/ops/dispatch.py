@@ -75,7 +75,8 @@ def run(op: str, device: torch.device, /, *args: Any, **kwargs: Any) -> Any:
     function = _implementations[op].get(name)
     if function is None:
         raise ValueError(f"{op} has no {name!r} backend; it has {', '.join(backends(op))}")
-    if not torch.is_autocast_enabled(device.type):
-        return function(*args, **kwargs)
-    with torch.autocast(device_type=device.type, enabled=False):
-        return function(*args, **kwargs)
+    # The meta device has no autocast to ask about.
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        with torch.autocast(device_type=device.type, enabled=False):
+            return function(*args, **kwargs)
+    return function(*args, **kwargs)

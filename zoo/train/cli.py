@@ -5,8 +5,9 @@
     python train.py fit --config configs/train/minimax-tiny.yaml --ckpt_path last
     python train.py validate --config runs/minimax-tiny/config.yaml --ckpt_path runs/minimax-tiny/checkpoints/last.ckpt
 
-A training file holds the sections model, data and trainer, and optionally checkpoint, samples and sequence_length. A run
-lives in trainer.default_root_dir, by default runs/NAME of the first --config file (runs/NAME-2 and so on if that holds a run):
+A training file holds the sections model, data and trainer, and optionally checkpoint, samples and sequence_length. A
+run lives in trainer.default_root_dir, by default runs/NAME of the first --config file (runs/NAME-2 and so on if that
+holds a run):
 
     config.yaml        the whole configuration, resolved; give it to --config to repeat the run
     metrics.csv        every logged number; the same for TensorBoard beside it
@@ -15,7 +16,7 @@ lives in trainer.default_root_dir, by default runs/NAME of the first --config fi
     export/            the trained model for AutoModelForCausalLM, with tokenizer, model.yaml and train.yaml
     report.html        how it went
 
-Exit status: 0; 1 if a run that had started had to stop; 2 if the request was wrong. Either comes with one line on stderr.
+Exit status: 0; 1 if a run that had started had to stop; 2 if the request was wrong. Both come with one line on stderr.
 """
 
 import difflib
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import transformers
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, Trainer
@@ -112,7 +114,7 @@ def split_model_overrides(argv: Sequence[str]) -> list[str]:
                 raise UserError(f"{argument}: a value is missing; write {argument} VALUE")
             value = following
         overrides.append(f"{field}={value}")
-    return kept + [f"--model.overrides+={json.dumps(overrides)}"] if overrides else kept
+    return [*kept, f"--model.overrides+={json.dumps(overrides)}"] if overrides else kept
 
 
 class ZooCLI(LightningCLI):
@@ -143,7 +145,9 @@ class ZooCLI(LightningCLI):
         for pattern, replacement in PLAIN_WORDS:
             message = re.sub(pattern, replacement, message)
         if unknown := re.match(r"(\S+): unknown option", message):
-            known = [option[2:] for action in self._subcommand_parsers["fit"]._actions for option in action.option_strings]
+            known = [
+                option[2:] for action in self._subcommand_parsers["fit"]._actions for option in action.option_strings
+            ]
             close = difflib.get_close_matches(unknown[1], known, n=1)
             message += f"; did you mean {close[0]}?" if close else "; --help lists them all"
         return message
@@ -157,7 +161,9 @@ class ZooCLI(LightningCLI):
         parser.add_lightning_class_args(SaveLast, "checkpoint", required=False)
         parser.add_lightning_class_args(Samples, "samples", required=False)
         parser.add_lightning_class_args(SequenceLength, "sequence_length", required=False)
-        parser.add_argument("--wandb", type=str | None, default=None, help="Log to this Weights & Biases project as well.")
+        parser.add_argument(
+            "--wandb", type=str | None, default=None, help="Log to this Weights & Biases project as well."
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: our checkpoints hold no hyper-parameters that could beat the command line."""
@@ -169,8 +175,8 @@ class ZooCLI(LightningCLI):
         config.model.overrides = None
         if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             raise UserError(
-                f"trainer.accelerator: {config.trainer.accelerator} was asked for but this machine has no usable CUDA GPU; "
-                f"write --trainer.accelerator cpu"
+                f"trainer.accelerator: {config.trainer.accelerator} was asked for but this machine has no usable CUDA "
+                f"GPU; write --trainer.accelerator cpu"
             )
         if self.subcommand == "fit" and config.trainer.max_steps < 1:
             raise UserError(f"trainer.max_steps: {config.trainer.max_steps} is not a length of a run; give 1 or more")
@@ -183,14 +189,14 @@ class ZooCLI(LightningCLI):
             check_architecture(config.model.config, load_checkpoint(config.ckpt_path), config.ckpt_path)
 
     def _run_folder(self) -> Path:
-        """The folder asked for, or runs/NAME: the newest that holds a run to go on with `last`, else the first free one."""
+        """The folder asked for, or runs/NAME: with `last` the newest that holds a run, else the first free one."""
         config = self.config[self.subcommand]
         if config.trainer.default_root_dir is not None:
             folder = Path(config.trainer.default_root_dir)
             if self.subcommand == "fit" and not config.ckpt_path and checkpoint_path(folder).exists():
                 raise UserError(
-                    f"trainer.default_root_dir: {folder} holds a run already; go on with it by --ckpt_path last, or name "
-                    f"another folder"
+                    f"trainer.default_root_dir: {folder} holds a run already; go on with it by --ckpt_path last, or "
+                    f"name another folder"
                 )
             return folder
         files = [str(path) for path in config.get("config") or []]
@@ -253,7 +259,8 @@ class ZooCLI(LightningCLI):
         folder = Path(self.trainer.default_root_dir)
         export_run(folder / "export", self.model.model, self.datamodule.tokenizer, self._config_yaml())
         _say(f"model:  {folder / 'export'}")
-        _say(f"report: {write_report(folder, self.model.config, self.model.model.num_params(), self.datamodule.held_out_bytes())}")
+        held_out = self.datamodule.held_out_bytes()
+        _say(f"report: {write_report(folder, self.model.config, self.model.model.num_params(), held_out)}")
 
 
 def check_config_files(argv: Sequence[str]) -> None:
@@ -280,14 +287,14 @@ def _quieten() -> None:
     """Hides what Lightning and torch tell to developers; errors and our own lines stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()  # "Writing model shards"
     for module in (r"lightning\.", r"torch\.", r"jsonargparse"):
         warnings.filterwarnings("ignore", module=module)
 
 
 def _fail(error: BaseException, status: int) -> int:
-    line = " ".join(str(error).split())
-    if rank_zero_only.rank == 0:  # every rank ends for the same reason; one says so
-        _say(f"error: {line}")
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a machine end for the same reason; one says so
+        _say(f"error: {' '.join(str(error).split())}")
     return status
 
 
@@ -306,4 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         return _fail(RunError(f"{error.filename}: {error.strerror}"), 1)
+    except RuntimeError as error:
+        if rank_zero_only.rank == 0 or "closed by peer" not in str(error):
+            raise
+        return 1  # the rank that failed has said why
     return 0

@@ -36,4 +36,6 @@ def export_run(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
         shutil.rmtree(previous, ignore_errors=True)
     except Exception as error:  # safetensors reports a full disk with its own exception type
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"{folder}: export not written: {str(error).splitlines()[0]}; the checkpoint is unharmed") from error
+        raise RunError(
+            f"{folder}: export not written: {str(error).splitlines()[0]}; the checkpoint is unharmed"
+        ) from error

@@ -1,7 +1,7 @@
 """metrics.csv of a run: one row per logged step, kept across resumes.
 
-Lightning's own CSVLogger deletes the file when a run resumes. This one keeps it, and drops only what a killed run had written
-after the checkpoint that the new process starts from.
+Lightning's own CSVLogger deletes the file when a run resumes. This one keeps it, and drops only what a killed run had
+written after the checkpoint that the new process starts from.
 """
 
 import csv

@@ -6,8 +6,8 @@ Three choices that Lightning leaves open:
   builds nothing and a strategy may build on its own device.
 - `save_hyperparameters` is not used: what it stores in a checkpoint silently beats the command line on resume. The
   checkpoint carries the model's mapping instead, and a checkpoint of another architecture is refused by name of field.
-- Randomness in training (dropout, if a model has any) is drawn anew for each batch from (seed, rank, batch number), so a
-  resumed run draws what the uninterrupted run drew, whatever validation and samples drew in between.
+- Randomness in training (dropout, if a model has any) is drawn anew for each batch from (seed, rank, batch number), so
+  a resumed run draws what the uninterrupted run drew, whatever validation and samples drew in between.
 """
 
 import math
@@ -28,7 +28,7 @@ Batch = dict[str, Tensor]
 
 
 def first_difference(ours: Any, theirs: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """The first field, in the order of `ours`, where two nested mappings differ: (dotted path, our value, their value)."""
+    """The first field, in the order of `ours`, where two nested mappings differ: (dotted path, ours, theirs)."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in [*ours, *(key for key in theirs if key not in ours)]:
             found = first_difference(
@@ -43,7 +43,9 @@ def first_difference(ours: Any, theirs: Any, path: str = "") -> tuple[str, Any, 
 def check_architecture(ours: dict[str, Any], checkpoint: dict[str, Any], source: str) -> None:
     """Raises UserError if the checkpoint from `source` holds another model than the mapping `ours`."""
     if "zoo_config" not in checkpoint:
-        raise UserError(f"{source}: not a checkpoint of train.py (it holds no zoo_config); give a last.ckpt of a run folder")
+        raise UserError(
+            f"{source}: not a checkpoint of train.py (it holds no zoo_config); give a last.ckpt of a run folder"
+        )
     found = first_difference(ours, checkpoint["zoo_config"])
     if found:
         field, here, there = found
@@ -54,7 +56,7 @@ def check_architecture(ours: dict[str, Any], checkpoint: dict[str, Any], source:
 
 
 def count_predicted(labels: Tensor) -> Tensor:
-    """Number of tokens that are predicted: labels [batch, length] without the first column (the model shifts) and -100."""
+    """Number of predicted tokens: labels [batch, length] without the first column (the model shifts) and -100."""
     return (labels[:, 1:] != -100).sum()
 
 
@@ -63,8 +65,8 @@ class ZooModule(LightningModule):
 
     Args:
         config: the model: path of a YAML file (configs/models/*.yaml) or the mapping that such a file holds.
-        overrides: changes to it, each "dotted.path=value" as in "blocks.lightning.mixer.num_heads=8"; on the command line
-            write them as --model.config.blocks.lightning.mixer.num_heads 8.
+        overrides: changes to it, each "dotted.path=value" as in "blocks.lightning.mixer.num_heads=8"; on the command
+            line write them as --model.config.blocks.lightning.mixer.num_heads 8.
         optimizer: adamw for everything, or muon for hidden matrices (adamw for the rest).
         learning_rate: peak learning rate of both.
         weight_decay: decoupled weight decay of matrices; norms, biases, decays, state-space parameters and embeddings
@@ -130,7 +132,8 @@ class ZooModule(LightningModule):
         if self.config.vocab_size < tokenizer_size:
             raise UserError(
                 f"model.config.vocab_size: {self.config.vocab_size} is smaller than the tokenizer's {tokenizer_size} "
-                f"tokens; write --model.config.vocab_size {math.ceil(tokenizer_size / 64) * 64} or choose another data.tokenizer"
+                f"tokens; write --model.config.vocab_size {math.ceil(tokenizer_size / 64) * 64} or choose another "
+                f"data.tokenizer"
             )
 
     def configure_model(self) -> None:
@@ -141,8 +144,8 @@ class ZooModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = make_optimizer(self.optimizer_name, self.model, **self.optimizer_options)
-        # trainer.max_steps, not estimated_stepping_batches: reading the latter builds the loaders before a resume restores
-        # them (Lightning issue 20550).
+        # trainer.max_steps, not estimated_stepping_batches: reading the latter builds the loaders before a resume
+        # restores them (Lightning issue 20550).
         schedule = make_schedule(self.schedule_name, total_steps=self.trainer.max_steps, **self.schedule_options)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -153,15 +156,17 @@ class ZooModule(LightningModule):
 
     def on_train_batch_end(self, *args: Any) -> None:
         if self.trainer.global_step >= self.trainer.max_steps:
-            self.trainer.should_stop = True  # makes Lightning validate after the last step, wherever the interval stands
+            self.trainer.should_stop = (
+                True  # makes Lightning validate after the last step, wherever the interval stands
+            )
         self.batch_requested_at = time.perf_counter()
 
     def on_validation_end(self) -> None:
         self.batch_requested_at = time.perf_counter()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss, averaged over the predicted tokens of all ranks (strategies average gradients over ranks, so each rank
-        divides its sum by total / world_size). Logs train/loss, without the router's losses, in nats per token."""
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """The loss, averaged over the predicted tokens of all ranks (strategies average gradients over ranks, so each
+        rank divides its sum by total / world_size). Logs train/loss, without the router's losses, in nats per token."""
         total = self.trainer.strategy.reduce(count_predicted(batch["labels"]), reduce_op="sum")
         output = self.model(**batch, use_cache=False, num_items_in_batch=total.float() / self.trainer.world_size)
         cross_entropy = self.trainer.strategy.reduce(output.cross_entropy.detach().float().clone(), reduce_op="mean")
@@ -176,14 +181,16 @@ class ZooModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         labels = batch["labels"]
-        cross_entropy = self.model(**batch, use_cache=False).cross_entropy
+        cross_entropy = self.model(**batch, use_cache=False, logits_to_keep=1).cross_entropy
         predicted = labels[:, 1:][labels[:, 1:] != -100].cpu()
         num_bytes = self.trainer.datamodule.bytes_per_token[predicted].sum()
         self._validation_sums += torch.tensor([float(cross_entropy) * len(predicted), len(predicted), float(num_bytes)])
 
     def on_validation_epoch_end(self) -> None:
         """Logs val/loss (nats per token) and val/bpb (bits per byte) over the whole held-out text of all ranks."""
-        sums = self._validation_sums.to(device=self.device, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
+        sums = self._validation_sums.to(
+            device=self.device, dtype=torch.float32 if self.device.type == "mps" else torch.float64
+        )
         nats, tokens, num_bytes = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         self.log("val/loss", nats / max(tokens, 1), rank_zero_only=True)
         self.log("val/bpb", nats / math.log(2) / max(num_bytes, 1), prog_bar=True, rank_zero_only=True)

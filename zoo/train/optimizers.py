@@ -1,16 +1,17 @@
 """Which parameter gets which optimiser, and which is decayed.
 
-Weight decay applies to matrices only. Left out are: vectors and scalars (norms, biases, D, dt_bias, decays, gates), every
-parameter that its module marks with `parameter._no_weight_decay = True` (A_log of Mamba-1 is a matrix), and embeddings
+Weight decay applies to matrices only. Left out are: vectors and scalars (norms, biases, D, dt_bias, decays, gates);
+what a module lists in its class attribute `float32` (rates and decays: A_log of Mamba-1 is a matrix) or marks with
+`parameter._no_weight_decay = True` (that mark does not survive a model's way from the meta device); and embeddings
 (their rows see a gradient only when their token occurs, so decay would erase rare tokens; OLMo 2, arXiv:2501.00656,
 section 3, reports that decaying them makes training less stable).
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; at scale Liu et al. 2025, arXiv:2502.16982) replaces
-the momentum of a hidden matrix by its nearest semi-orthogonal matrix. Expert weights [num_experts, out, in] hold most
-of a mixture's parameters and are num_experts separate matrices, so each is orthogonalised alone, through a view. AdamW
-keeps embeddings, the output head, vectors, marked parameters, and matrices thinner than `MUON_MIN_SIDE` (depthwise
-convolutions, small routers, per-head gates), where orthogonalising says nothing. The update is scaled to AdamW's
-usual root mean square (`match_rms_adamw`), so one learning rate and one weight decay serve both.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; at scale Liu et al. 2025, arXiv:2502.16982)
+replaces the momentum of a hidden matrix by its nearest semi-orthogonal matrix. Expert weights [num_experts, out, in]
+hold most of a mixture's parameters and are num_experts separate matrices, so each is orthogonalised alone, through a
+view. AdamW keeps embeddings, the output head, vectors, marked parameters, and matrices thinner than `MUON_MIN_SIDE`
+(depthwise convolutions, small routers, per-head gates), where orthogonalising says nothing. The update is scaled to
+AdamW's usual root mean square (`match_rms_adamw`), so one learning rate and one weight decay serve both.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,49 +23,53 @@ from torch import Tensor, nn
 MUON_MIN_SIDE = 16
 
 
-def _embedding_ids(model: nn.Module) -> set[int]:
-    return {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-
-
-def _output_ids(model: nn.Module) -> set[int]:
+def _outer_ids(model: nn.Module) -> set[int]:
+    """Embeddings and the output head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return set() if head is None else {id(head.weight)}
+    return _embedding_ids(model) | (set() if head is None else {id(head.weight)})
 
 
-def is_decayed(parameter: Tensor, embedding_ids: set[int]) -> bool:
-    """Whether weight decay applies to this parameter (see the module's text)."""
-    return parameter.ndim >= 2 and not getattr(parameter, "_no_weight_decay", False) and id(parameter) not in embedding_ids
+def _embedding_ids(model: nn.Module) -> set[int]:
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
-def is_hidden_matrix(parameter: Tensor, outer_ids: set[int]) -> bool:
-    """Whether Muon takes this parameter: a [out, in] or [num_experts, out, in] weight that is not in `outer_ids`."""
-    return (
-        parameter.ndim in (2, 3)
-        and min(parameter.shape[-2:]) >= MUON_MIN_SIDE
-        and not getattr(parameter, "_no_weight_decay", False)
-        and id(parameter) not in outer_ids
-    )
+def _rate_ids(model: nn.Module) -> set[int]:
+    """Parameters that their module declares to be rates rather than weights."""
+    listed = {id(getattr(module, name)) for module in model.modules() for name in getattr(module, "float32", ())}
+    return listed | {id(p) for p in model.parameters() if getattr(p, "_no_weight_decay", False)}
+
+
+def hidden_matrices(model: nn.Module) -> list[Tensor]:
+    """The parameters that Muon takes: [out, in] or [num_experts, out, in] weights between embedding and head."""
+    excluded = _outer_ids(model) | _rate_ids(model)
+    return [
+        p
+        for p in model.parameters()
+        if p.requires_grad and p.ndim in (2, 3) and min(p.shape[-2:]) >= MUON_MIN_SIDE and id(p) not in excluded
+    ]
 
 
 def decay_groups(model: nn.Module, parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """`parameters` split into a group with `weight_decay` and a group without; empty groups are left out."""
-    embedding_ids = _embedding_ids(model)
+    spared = _embedding_ids(model) | _rate_ids(model)
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for parameter in parameters:
-        groups[is_decayed(parameter, embedding_ids)].append(parameter)
+        groups[parameter.ndim >= 2 and id(parameter) not in spared].append(parameter)
     return [
-        {"params": members, "weight_decay": weight_decay if decayed else 0.0} for decayed, members in groups.items() if members
+        {"params": members, "weight_decay": weight_decay if decayed else 0.0}
+        for decayed, members in groups.items()
+        if members
     ]
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon for hidden matrices and torch.optim.AdamW for the rest, as the one optimiser that Lightning allows.
+    """torch.optim.Muon for hidden matrices and torch.optim.AdamW for the rest, as the one optimiser Lightning allows.
 
     Its `param_groups` hold the model's own parameters (clipping reads their gradients there) and are the place where a
     schedule writes learning rates; the two parts take the rates over from there. `state_dict()` covers both parts.
 
     Args:
-        model: the model; its trainable parameters are shared out by `is_hidden_matrix`.
+        model: the model; its trainable parameters are shared out by `hidden_matrices`.
         learning_rate, weight_decay: of both parts.
         betas: AdamW's.
         momentum: Muon's.
@@ -73,13 +78,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def __init__(
         self, model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float], momentum: float
     ) -> None:
-        outer_ids = _embedding_ids(model) | _output_ids(model)
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        self._matrices = [p for p in trainable if is_hidden_matrix(p, outer_ids)]
-        others = decay_groups(model, (p for p in trainable if not is_hidden_matrix(p, outer_ids)), weight_decay)
-        super().__init__(
-            [{"params": self._matrices, "weight_decay": weight_decay}, *others], {"lr": learning_rate}
-        )
+        self._matrices = hidden_matrices(model)
+        taken = {id(p) for p in self._matrices}
+        rest = (p for p in model.parameters() if p.requires_grad and id(p) not in taken)
+        others = decay_groups(model, rest, weight_decay)
+        super().__init__([{"params": self._matrices, "weight_decay": weight_decay}, *others], {"lr": learning_rate})
         # One [out, in] view per matrix that Muon orthogonalises: a parameter, or one expert's slice of a parameter.
         self._views = [[p.detach()] if p.ndim == 2 else list(p.detach().unbind(0)) for p in self._matrices]
         muon = torch.optim.Muon(
@@ -133,7 +136,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(
-    name: str, model: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float], momentum: float
+    name: str,
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    momentum: float,
 ) -> torch.optim.Optimizer:
     """The optimiser `name` ("adamw" or "muon") over the trainable parameters of `model`."""
     if name == "muon":

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib import pyplot as plt
 
 from zoo.config import ZooConfig
 from zoo.train.callbacks.samples import read_samples
 from zoo.train.logger import FILE_NAME, read_metrics
 
 Row = dict[str, float]
+
+matplotlib.use("Agg")  # no window, whatever display there is
 
 INK, SOFT, GRID = "#1c2430", "#64748b", "#e6e9ef"
 BLUE, ORANGE = "#2f6fde", "#e07a2c"
@@ -36,7 +36,8 @@ h1{font-size:1.9rem;margin:0;letter-spacing:-.01em}h2{font-size:1.15rem;margin:0
 p{margin:.35rem 0}.soft{color:#64748b}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.6rem,1fr));gap:.9rem;margin:1.5rem 0}
 .card,section{background:#fff;border:1px solid #e6e9ef;border-radius:.7rem}
-.card{padding:.9rem 1.1rem}.card b{display:block;font-size:1.65rem;font-variant-numeric:tabular-nums;letter-spacing:-.02em}
+.card{padding:.9rem 1.1rem}
+.card b{display:block;font-size:1.65rem;font-variant-numeric:tabular-nums;letter-spacing:-.02em}
 .card span{color:#64748b;font-size:.86rem}
 section{padding:1.2rem 1.4rem;margin:.9rem 0;overflow-x:auto}section svg{width:100%;height:auto}
 .stack{display:flex;gap:3px;align-items:stretch}.stack div{flex:1 1 0;min-width:.45rem}
@@ -44,14 +45,14 @@ section{padding:1.2rem 1.4rem;margin:.9rem 0;overflow-x:auto}section svg{width:1
 .end{writing-mode:vertical-rl;transform:rotate(180deg);text-align:center;font-size:.78rem;color:#64748b;padding:0 .2rem}
 .legend{margin:.8rem 0 0;font-size:.88rem}.legend span{margin-right:1.2rem;white-space:nowrap}
 .legend i{display:inline-block;width:.8rem;height:.8rem;border-radius:.2rem;margin-right:.4rem;vertical-align:-.05rem}
-pre{background:#f5f6f9;border-radius:.5rem;padding:.8rem 1rem;overflow-x:auto;white-space:pre-wrap;overflow-wrap:anywhere;
+pre{background:#f5f6f9;border-radius:.5rem;padding:.8rem 1rem;white-space:pre-wrap;overflow-wrap:anywhere;
 font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;margin:.4rem 0}
 pre em{font-style:normal;color:#64748b}summary{cursor:pointer}details{margin:.3rem 0}
 """
 
 
 def xz_bits_per_byte(text: bytes) -> float:
-    """Bits per byte of `text` after xz -9e: what a general compressor makes of it without having seen any other text."""
+    """Bits per byte of `text` after xz -9e: what a general compressor makes of it, having seen no other text."""
     return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
 
 
@@ -84,7 +85,8 @@ def _axes(ylabel: str) -> tuple[plt.Figure, plt.Axes]:
 
 def _svg(figure: plt.Figure, label: str) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    with matplotlib.rc_context({"svg.hashsalt": label}):  # the same run gives the same file
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
@@ -122,9 +124,12 @@ def _speed_picture(rows: Sequence[Row]) -> str:
 
 
 def layer_stack(config: ZooConfig) -> str:
-    """The layers from the embedding (left) to the head (right): mixers above, feed-forwards below, one colour per kind."""
+    """The layers from the embedding (left) to the head (right): mixers above, feed-forwards below."""
     layers = config.layers
-    mixers = {kind: MIXER_COLOURS[i % len(MIXER_COLOURS)] for i, kind in enumerate(dict.fromkeys(x.mixer.kind for x in layers))}
+    mixers = {
+        kind: MIXER_COLOURS[i % len(MIXER_COLOURS)]
+        for i, kind in enumerate(dict.fromkeys(x.mixer.kind for x in layers))
+    }
     ffns = {kind: FFN_COLOURS[i % len(FFN_COLOURS)] for i, kind in enumerate(dict.fromkeys(x.ffn.kind for x in layers))}
     cells = "".join(
         f'<div title="layer {i}: {html.escape(x.name)}, {html.escape(x.mixer.kind)} + {html.escape(x.ffn.kind)}">'
@@ -133,7 +138,9 @@ def layer_stack(config: ZooConfig) -> str:
         for i, x in enumerate(layers)
     )
     named = [("mixer", kind, colour) for kind, colour in mixers.items()] + [("ffn", k, c) for k, c in ffns.items()]
-    legend = "".join(f'<span><i style="background:{c}"></i>{html.escape(kind)} ({role})</span>' for role, kind, c in named)
+    legend = "".join(
+        f'<span><i style="background:{c}"></i>{html.escape(kind)} ({role})</span>' for role, kind, c in named
+    )
     return (
         f'<div class="stack"><span class="end">embedding</span>{cells}<span class="end">head</span></div>'
         f'<p class="legend">{legend}</p>'
@@ -141,7 +148,10 @@ def layer_stack(config: ZooConfig) -> str:
 
 
 def _cards(figures: Sequence[tuple[str, str]]) -> str:
-    return "".join(f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>' for value, name in figures)
+    return "".join(
+        f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>'
+        for value, name in figures
+    )
 
 
 def _samples(samples: Sequence[dict[str, Any]]) -> str:
@@ -151,7 +161,8 @@ def _samples(samples: Sequence[dict[str, Any]]) -> str:
     if not samples:
         return '<p class="soft">This run wrote none (samples.every_n_steps is 0).</p>'
     earlier = "".join(
-        f"<details><summary>after step {sample['step']:,}</summary>{one(sample)}</details>" for sample in reversed(samples[:-1])
+        f"<details><summary>after step {sample['step']:,}</summary>{one(sample)}</details>"
+        for sample in reversed(samples[:-1])
     )
     return f'<p class="soft">After step {samples[-1]["step"]:,}; the prompt is grey.</p>{one(samples[-1])}{earlier}'
 
@@ -163,7 +174,7 @@ def write_report(run_folder: Path, config: ZooConfig, num_params: int, held_out:
         run_folder: holds metrics.csv, and where the run wrote them samples.jsonl and config.yaml.
         config: the model's.
         num_params: number of the model's parameters.
-        held_out: the held-out text as raw bytes, for xz's figure; at most its first 20 MB are compressed. Empty: no figure.
+        held_out: the held-out text as raw bytes, for xz's figure; at most its first 20 MB count. Empty: no figure.
     """
     rows = read_metrics(run_folder / FILE_NAME)
     samples = read_samples(run_folder)
@@ -199,7 +210,8 @@ def write_report(run_folder: Path, config: ZooConfig, num_params: int, held_out:
     title = html.escape(run_folder.resolve().name)
     body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections)
     page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width">'
         f"<title>{title}</title><style>{STYLE}</style></head><body><main><h1>{title}</h1>"
         f'<div class="cards">{_cards(figures)}</div>{body}</main></body></html>\n'
     )

@@ -30,8 +30,8 @@ def linear_attention(
         o_t = scale * q_t S_t
 
     The present token is not decayed. With no decay this is plain linear attention; with one per head, Lightning
-    attention (Lightning Attention-2, arXiv:2401.04658, equations 5 to 8) and RetNet (arXiv:2307.08621, section 2.1);
-    with one per head and token, simple GLA and the SSD of Mamba-2 (arXiv:2405.21060, sections 6 and 7: q=C, k=B, v=dt*x,
+    attention (Lightning Attention-2, arXiv:2401.04658, section 3) and RetNet (arXiv:2307.08621, section 2.1); with one
+    per head and token, simple GLA and the SSD of Mamba-2 (arXiv:2405.21060, sections 6 and 7: q=C, k=B, v=dt*x,
     g=dt*A).
 
     States, decays and their gradients are float32, or float64 where q, k or v is. Gradients reach every tensor

@@ -1,4 +1,6 @@
-"""linear_attention over chunks, in matmuls (Mamba-2, arXiv:2405.21060, section 6; Lightning Attention-2, arXiv:2401.04658).
+"""linear_attention over chunks, in matmuls.
+
+Mamba-2, arXiv:2405.21060, section 6; Lightning Attention-2, arXiv:2401.04658, section 3.
 
 Within a chunk, with c_i the sum of the log decays up to and including token i, C its last token, and E the state that
 enters it:
@@ -6,11 +8,12 @@ enters it:
     o_i = q_i e^{c_i} E  +  sum_{j<=i} e^{c_i - c_j} (q_i . k_j) v_j
     Y   = e^{c_C} E      +  sum_j e^{c_C - c_j} k_j v_j^T                 the state that leaves
 
-Every exponent is a sum of log decays, so none is positive and nothing is ever divided by a decay. The backward pass keeps
-the inputs and the entering states and computes the rest again: memory grows with the length, not with length x chunk.
+Every exponent is a sum of log decays, so none is positive, and nothing is ever divided by a decay. The backward pass
+keeps the inputs and the entering states and computes the rest again.
 
 Shapes: G groups of q and k heads, H heads, M chunks (all documents and batch rows on one axis, each starting a chunk),
-C tokens in a chunk, n documents, K and V the head dims. Heads stand first: q, k [G,M,C,K], v [H,M,C,V], states [H,M,K,V].
+C tokens in a chunk, n documents, K and V the head dims. Heads stand first: q, k [G,M,C,K], v [H,M,C,V], states
+[H,M,K,V].
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from zoo.ops.dispatch import implements
-from zoo.ops.varlen import ChunkLayout
+from zoo.ops.varlen import DocumentChunks, RowChunks
 
 MAX_CHUNK = 64  # measured on CPU: 128 doubles the work within chunks and saves less between them
 SCAN_BLOCK = 32  # chunks whose states one matmul chains
@@ -40,7 +43,7 @@ def linear_attention(
     initial_state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    batch, length, heads, _ = v.shape
+    batch, length = v.shape[:2]
     # float16 has too small a range for sums over a chunk.
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     dtype = torch.float32 if dtype == torch.float16 else dtype
@@ -51,11 +54,11 @@ def linear_attention(
         out, state = _step(q, k, values, log_decay, initial_state)
         return out.to(v.dtype), state
 
-    layout: _Rows | _Documents
+    layout: RowChunks | DocumentChunks
     if cu_seqlens is None:
-        layout = _Rows(batch, length, v.device)
+        layout = RowChunks(batch, length, MAX_CHUNK, v.device)
     else:
-        layout = _Documents(cu_seqlens, length)
+        layout = DocumentChunks(cu_seqlens, length, MAX_CHUNK)
     per_token = log_decay.dim() == 3
     out, state = _Chunked.apply(
         layout.spread(q),
@@ -78,72 +81,6 @@ def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> 
     decay = log_decay.to(state.dtype).exp().expand(batch, 1, heads)[:, 0]
     state = decay[..., None, None] * state + k[..., :, None] * v[:, 0].to(state.dtype)[..., None, :]
     return (q[..., None, :] @ state).view(batch, 1, heads, value_dim), state
-
-
-def _chunk_for(length: int) -> int:
-    """The smallest power of two that holds `length` tokens, up to MAX_CHUNK."""
-    return min(MAX_CHUNK, 1 << (length - 1).bit_length())
-
-
-class _Rows:
-    """Each batch row is one document, cut into equally many chunks; the last is padded with zeros."""
-
-    def __init__(self, batch: int, length: int, device: torch.device) -> None:
-        self.batch, self.length, self.chunk = batch, length, _chunk_for(length)
-        self.per_row = -(-length // self.chunk)
-        starts = torch.arange(0, length, self.chunk, device=device)
-        self.tokens = (length - starts).clamp(max=self.chunk).repeat(batch)
-        self.first = torch.arange(batch, device=device) * self.per_row
-        self.last = self.first + self.per_row - 1
-
-    def spread(self, x: Tensor) -> Tensor:
-        """`[batch, length, heads, dim]` to `[heads, chunks, chunk, dim]`."""
-        padding = self.per_row * self.chunk - self.length
-        if padding:
-            x = functional.pad(x, (0, 0, 0, 0, 0, padding))
-        chunks = x.unflatten(1, (self.per_row, self.chunk)).permute(3, 0, 1, 2, 4)
-        return chunks.flatten(1, 2).contiguous()
-
-    def gather(self, x: Tensor) -> Tensor:
-        """The inverse of `spread`."""
-        rows = x.unflatten(1, (self.batch, self.per_row)).permute(1, 2, 3, 0, 4).flatten(1, 2)
-        return rows[:, : self.length]
-
-    def enter(self, initial_state: Tensor) -> Tensor:
-        """The states of the documents that have chunks."""
-        return initial_state
-
-    def leave(self, state: Tensor, initial_state: Tensor) -> Tensor:
-        """The inverse of `enter`, for the final states."""
-        return state
-
-
-class _Documents:
-    """As `_Rows`, for documents packed into one row."""
-
-    def __init__(self, cu_seqlens: Tensor, length: int) -> None:
-        # Chunks no longer than the mean document, so that padding never more than doubles the work.
-        mean = max(1, length // (cu_seqlens.numel() - 1))
-        self.layout = ChunkLayout(cu_seqlens, length, _chunk_for(mean))
-        chunk = self.layout.chunk
-        self.full = self.layout.count.nonzero()[:, 0]
-        self.first = self.layout.first[self.full]
-        self.last = self.first + self.layout.count[self.full] - 1
-        self.tokens = torch.full((self.layout.num_chunks,), chunk, device=cu_seqlens.device)
-        self.tokens[self.last] = (cu_seqlens.diff()[self.full].long() - 1) % chunk + 1
-
-    def spread(self, x: Tensor) -> Tensor:
-        padded = x.new_zeros(x.shape[2], self.layout.num_chunks * self.layout.chunk, x.shape[3])
-        return padded.index_copy(1, self.layout.slot, x[0].transpose(0, 1)).unflatten(1, (-1, self.layout.chunk))
-
-    def gather(self, x: Tensor) -> Tensor:
-        return x.flatten(1, 2).transpose(0, 1).index_select(0, self.layout.slot)[None]
-
-    def enter(self, initial_state: Tensor) -> Tensor:
-        return initial_state[self.full]
-
-    def leave(self, state: Tensor, initial_state: Tensor) -> Tensor:
-        return initial_state.index_copy(0, self.full, state)
 
 
 class _Decays:
@@ -181,8 +118,12 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _scan_matrices(total: Tensor, first: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The decay into each chunk's entering state from the one before, `[H,M]`, 0 where a document starts; and, for every
-    block of SCAN_BLOCK chunks, from any entering state to any later one, `[H,blocks,SCAN_BLOCK,SCAN_BLOCK]`."""
+    """How the entering states chain, from the chunks' log decays `[H,M]`.
+
+    Returns:
+        between: `[H,M]`, the factor on the state before; 0 where a document starts.
+        matrices: `[H,blocks,SCAN_BLOCK,SCAN_BLOCK]`, in each block of chunks the factor from any state to any later.
+    """
     between = functional.pad(total[:, :-1], (1, 0))
     between[:, first] = RESET
     padding = -between.shape[1] % SCAN_BLOCK
@@ -192,7 +133,7 @@ def _scan_matrices(total: Tensor, first: Tensor, dtype: torch.dtype) -> tuple[Te
 
 
 def _scan(x: Tensor, between: Tensor, matrices: Tensor, reverse: bool) -> Tensor:
-    """x_m += between_m x_{m-1}, one after another, or x_m += between_{m+1} x_{m+1} from the end. Overwrites x `[H,M,F]`."""
+    """Chain x `[H,M,F]` in place: x_m += between_m x_{m-1}; in reverse, from the end, x_m += between_{m+1} x_{m+1}."""
     chunks = x.shape[1]
     starts = range(0, chunks, SCAN_BLOCK)
     for start in reversed(starts) if reverse else starts:
@@ -272,7 +213,7 @@ class _Chunked(torch.autograd.Function):
         if pairs is not None:
             into = _dot(q, dq)
             out_of = _dot(k, dk)
-            whole = decays.total.exp() * (states * d_leaving).sum((-2, -1), dtype=d_final.dtype)
+            whole = (decays.total.exp() * (states * d_leaving).sum((-2, -1))).to(d_final.dtype)
             d_log_decay = _decay_gradient(log_decay, tokens, pairs, into, out_of, whole)
         dq = _sum_of_products(_summed(dq, groups), d_scores, k)
         dk = _sum_of_products(_summed(dk, groups), d_scores.mT, q)
@@ -291,7 +232,8 @@ def _summed(x: Tensor, groups: int) -> Tensor:
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     """The dot products over the last dimension of x `[G,...,K]` and y `[H,...,K]`."""
-    return _scaled(x, y).sum(-1, dtype=_accumulator(y.dtype))
+    # sum adds up in float32 whatever it returns; asked to return float32 it would copy its input first.
+    return _scaled(x, y).sum(-1).to(_accumulator(y.dtype))
 
 
 def _sum_of_products(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -317,12 +259,12 @@ def _decay_gradient(
     if log_decay.dim() == 1:
         steps_in = torch.minimum(steps, tokens[:, None])
         distance = (steps[:, None] - steps).clamp(min=0)
-        gradient = (pairs.sum(1, dtype=into.dtype) * distance).sum((-2, -1))
+        gradient = (pairs.sum(1).to(into.dtype) * distance).sum((-2, -1))
         gradient += (into * steps_in).sum((-2, -1)) + (out_of * (tokens[:, None] - steps_in)).sum((-2, -1))
         gradient += (whole * tokens).sum(-1)
     else:
         earlier = torch.ones(chunk, chunk, dtype=pairs.dtype, device=pairs.device).triu(1)
-        gradient = (pairs @ earlier).tril_().sum(-2, dtype=into.dtype)
+        gradient = (pairs @ earlier).tril_().sum(-2).to(into.dtype)
         gradient += into.flip(-1).cumsum(-1).flip(-1)
         gradient[..., 1:] += out_of.cumsum(-1)[..., :-1]
         gradient += whole[..., None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def linear_attention(
         return out.to(v.dtype), state
     outs, states = [], []
     bounds = cu_seqlens.tolist()
-    for document, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for document, (start, end) in enumerate(pairwise(bounds)):
         decay = log_decay if log_decay.dim() == 1 else log_decay[:, start:end]
         rows = initial_state[document : document + 1]
         out, state = _recur(q[:, start:end], k[:, start:end], v[:, start:end], decay, scale, rows)
@@ -32,9 +34,7 @@ def linear_attention(
     return torch.cat(outs, dim=1).to(v.dtype), torch.cat(states)
 
 
-def _recur(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def _recur(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, state: Tensor) -> tuple[Tensor, Tensor]:
     batch, length, heads, value_dim = v.shape
     # Products are bmm, not einsum or mul, so that torch.utils.flop_counter sees all 4*K*V FLOPs of a head and token.
     shared = heads // q.shape[2]

@@ -26,13 +26,13 @@ def selective_scan(
     rows = u.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     states = u.new_zeros(rows, *A.shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     if cu_seqlens is None:
-        out, states = _scan(*inputs, A, states)
+        out, states = _scan(A, states, *inputs)
     else:
         bounds = cu_seqlens.tolist()
         outs, ends = [], []
         for i in range(rows):
             document = [x[:, bounds[i] : bounds[i + 1]] for x in inputs]
-            y, state = _scan(*document, A, states[i : i + 1])
+            y, state = _scan(A, states[i : i + 1], *document)
             outs.append(y)
             ends.append(state)
         out, states = torch.cat(outs, 1), torch.cat(ends)
@@ -41,7 +41,7 @@ def selective_scan(
     return out.to(u.dtype), states
 
 
-def _scan(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _scan(A: Tensor, state: Tensor, u: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     out = []
     for t in range(u.shape[1]):
         decay = torch.exp(delta[:, t, :, None] * A)

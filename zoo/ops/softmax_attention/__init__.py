@@ -74,7 +74,9 @@ def softmax_attention(
         raise ValueError(f"num_sinks must be 0 or more, got {num_sinks}")
     if cu_seqlens is not None:
         if key_mask is not None:
-            raise ValueError("cu_seqlens and key_mask exclude each other: packed rows have no padding, give one of them")
+            raise ValueError(
+                "cu_seqlens and key_mask exclude each other: packed rows have no padding, give one of them"
+            )
         if length != key_length:
             raise ValueError(f"cu_seqlens needs as many queries as keys, got {length} and {key_length}")
         check_cu_seqlens(cu_seqlens, batch, length)

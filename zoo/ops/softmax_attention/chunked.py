@@ -44,7 +44,14 @@ def softmax_attention(
     unlimited = window is None or window >= key_length
     aligned = not causal or length in (1, key_length)
     # With another head_dim for v, torch falls back to an implementation that stores all logits.
-    if unlimited and aligned and cu_seqlens is None and key_mask is None and not return_lse and q.shape[3] == v.shape[3]:
+    if (
+        unlimited
+        and aligned
+        and cu_seqlens is None
+        and key_mask is None
+        and not return_lse
+        and q.shape[3] == v.shape[3]
+    ):
         out = scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),

@@ -24,26 +24,23 @@ def softmax_attention(
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` as the public function documents them; lse is always there."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    batch, length, heads, head_dim = q.shape
+    batch, length, heads, _ = q.shape
     key_length, kv_heads = k.shape[1:3]
     bounds = [0, key_length] if cu_seqlens is None else cu_seqlens.tolist()
-    grouped = q.to(dtype).view(batch, length, kv_heads, heads // kv_heads, head_dim)
+    document = [i for i in range(len(bounds) - 1) for _ in range(bounds[i], bounds[i + 1])]
+    is_real = torch.ones(batch, key_length, dtype=torch.bool) if key_mask is None else key_mask
+    grouped = q.to(dtype).unflatten(2, (kv_heads, heads // kv_heads))
     k, v = k.to(dtype), v.to(dtype)
     outs, lses = [], []
-    for row in range(batch):
+    for row, real in enumerate(is_real.tolist()):
         for query in range(length):
             own = key_length - length + query
-            start, stop = next((a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a <= own < b)
-            keys = [j for j in range(start, stop) if key_mask is None or key_mask[row, j]]
-            if own in keys:
-                position = keys.index(own)
-                keys = [
-                    j
-                    for p, j in enumerate(keys)
-                    if (p <= position or not causal) and (window is None or position - p < window or p < num_sinks)
-                ]
-            else:
-                keys = []
+            keys = [j for j in range(bounds[document[own]], bounds[document[own] + 1]) if real[j] and real[own]]
+            position = keys.index(own) if keys else 0
+            if causal:
+                keys = keys[: position + 1]
+            if window is not None:
+                keys = [j for p, j in enumerate(keys) if position - p < window or p < num_sinks]
             logits = scale * grouped[row, query] @ k[row, keys].permute(1, 2, 0)
             outs.append(torch.softmax(logits, -1) @ v[row, keys].transpose(0, 1))
             lses.append(torch.logsumexp(logits, -1))

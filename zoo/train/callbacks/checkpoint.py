@@ -31,7 +31,9 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many unrelated types for a damaged file
-        raise UserError(f"{path}: unreadable checkpoint, cut short or not written by train.py; use another one") from error
+        raise UserError(
+            f"{path}: unreadable checkpoint, cut short or not written by train.py; use another one"
+        ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path}: not a checkpoint of train.py (it holds no state_dict); use another one")
     return checkpoint
@@ -63,9 +65,13 @@ class SafeCheckpointIO(TorchCheckpointIO):
             )
             reason = f"no space left on the disk after {written:,} bytes" if is_full else str(error).splitlines()[0]
             kept = "the previous one is as it was" if path.exists() else "none was written before"
-            raise RunError(f"{path}: checkpoint of step {checkpoint.get('global_step')} not written: {reason}; {kept}") from error
+            raise RunError(
+                f"{path}: checkpoint of step {checkpoint.get('global_step')} not written: {reason}; {kept}"
+            ) from error
 
-    def load_checkpoint(self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None) -> dict:
+    def load_checkpoint(
+        self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict:
         return load_checkpoint(path)
 
 

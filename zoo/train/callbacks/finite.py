@@ -20,8 +20,8 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def first_module_not_finite(model: nn.Module, batch: dict[str, Tensor]) -> str | None:
-    """Runs `model` once more on `batch` and names the first module, in order of execution, whose output holds a NaN or an
-    infinity, as "name (class)"; None if every output is finite."""
+    """Runs `model` once more on `batch` and names the first module, in order of execution, whose output holds a NaN or
+    an infinity, as "name (class)"; None if every output is finite."""
     found: list[str] = []
     handles = []
     for name, module in model.named_modules():
@@ -46,7 +46,9 @@ class StopWhenNotFinite(Callback):
     Also logs train/grad_norm, which it needs anyway. Every rank takes the same decision.
     """
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor], batch_idx: int
+    ) -> None:
         self._batch = batch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -59,22 +61,26 @@ class StopWhenNotFinite(Callback):
         names = _gather(trainer, here)
         where = next((name for name in names if name), "none on a second try; the hardware may be at fault")
         raise RunError(
-            f"step {trainer.global_step}: the loss is {total.item()}; first module with an output that is not finite: {where}; "
-            f"no checkpoint holds it; lower model.learning_rate or look at that module"
+            f"step {trainer.global_step}: the loss is {total.item()}; first module with an output that is not finite: "
+            f"{where}; no checkpoint holds it; lower model.learning_rate or look at that module"
         )
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         named = [(name, p.grad) for name, p in pl_module.model.named_parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([grad for _, grad in named])
         pl_module.log("train/grad_norm", norm)
-        scales_loss = getattr(trainer.precision_plugin, "scaler", None) is not None  # fp16: the scaler skips such steps itself
+        scales_loss = (
+            getattr(trainer.precision_plugin, "scaler", None) is not None
+        )  # fp16: the scaler skips such steps itself
         if norm.isfinite() or scales_loss:
             return
         bad = next((name for name, grad in named if not grad.isfinite().all()), "none alone; their norm overflows")
         loss = trainer.callback_metrics.get("train/loss", torch.tensor(float("nan"))).item()
         raise RunError(
-            f"step {trainer.global_step}: the loss is {loss} but the gradient is not finite; first such parameter: {bad}; "
-            f"no checkpoint holds it; lower model.learning_rate or look at that parameter"
+            f"step {trainer.global_step}: the loss is {loss} but the gradient is not finite; first such parameter: "
+            f"{bad}; no checkpoint holds it; lower model.learning_rate or look at that parameter"
         )
 
 

@@ -62,7 +62,8 @@ class Progress(ProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._enabled and not trainer.sanity_checking and self._bar is None:
-            self._line(f"held-out text after step {trainer.global_step}: {float(trainer.callback_metrics['val/bpb']):.4f} bits/byte")
+            bits = float(trainer.callback_metrics["val/bpb"])
+            self._line(f"held-out text after step {trainer.global_step}: {bits:.4f} bits/byte")
         elif self._bar is not None:
             self._bar.set_postfix_str(self._text(trainer))
 

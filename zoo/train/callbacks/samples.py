@@ -43,7 +43,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 class Samples(Callback):
-    """Writes a sample to samples.jsonl in the run folder and to TensorBoard, every so many steps and after the last one.
+    """Writes a sample to samples.jsonl and to TensorBoard every so many steps, and after the last one.
 
     Args:
         every_n_steps: optimiser steps between two samples; 0 for none.
@@ -92,9 +92,11 @@ class Samples(Callback):
     @rank_zero_only
     def sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
         tokenizer = trainer.datamodule.tokenizer
-        with undisturbed(pl_module.model), trainer.precision_plugin.forward_context():
+        with undisturbed(pl_module.model):
             torch.manual_seed(0)  # the same dice each time: what changes from sample to sample is the model
-            prompt = tokenizer(self.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(pl_module.device)
+            prompt = tokenizer(self.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(
+                pl_module.device
+            )
             out = pl_module.model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), pad_token_id=tokenizer.pad_token_id or 0, **self.options
             )

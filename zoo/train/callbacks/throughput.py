@@ -1,6 +1,6 @@
 """Tokens per second, and model FLOPs utilisation: the part of the machine's matrix-multiplication speed that training
-reaches (Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B). The peak is measured here, at the start, in the training
-data type, because a data sheet's figure says little about a laptop or a shared GPU.
+reaches (Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B). The peak is measured here, at the start, in the
+training data type, because a data sheet's figure says little about a laptop or a shared GPU.
 """
 
 import time
@@ -31,12 +31,14 @@ def measure_matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float
 
 def training_dtype(precision: str) -> torch.dtype:
     """The data type of matrix multiplications under a Trainer's precision ("bf16-mixed", "32-true", ...)."""
-    return {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}.get(precision.split("-")[0], torch.float32)
+    return {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}.get(
+        precision.split("-")[0], torch.float32
+    )
 
 
 class Throughput(Callback):
-    """Logs throughput/tokens_per_second (all ranks together), throughput/mfu (per device) and throughput/seconds (training
-    time so far in this process). Waiting for data counts; validation, sampling and saving do not."""
+    """Logs throughput/tokens_per_second (all ranks together), throughput/mfu (per device) and throughput/seconds
+    (training time so far in this process). Waiting for data counts; validation, sampling and saving do not."""
 
     def __init__(self) -> None:
         self._peak = 0.0

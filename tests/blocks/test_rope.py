@@ -1,0 +1,98 @@
+"""Rotary positions against transformers' LlamaRotaryEmbedding."""
+
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from tests.blocks.helpers import assert_close, random_input
+from zoo.blocks.rope import RopeConfig, RotaryEmbedding
+from zoo.schema import FieldError
+
+TYPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 8.0, "original_max_position_embeddings": 64},
+    "yarn with its own ramp": {
+        "factor": 3.0,
+        "original_max_position_embeddings": 128,
+        "beta_fast": 8.0,
+        "beta_slow": 2.0,
+        "attention_factor": 1.5,
+    },
+    "llama3": {
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+}
+
+
+def rotary(name, head_dim, theta=500.0, **more):
+    return RotaryEmbedding(RopeConfig(type=name.split()[0], theta=theta, **TYPES[name], **more).resolve(head_dim))
+
+
+def llama(name, head_dim, theta=500.0):
+    parameters = {"rope_type": name.split()[0], "rope_theta": theta, **TYPES[name]}
+    config = LlamaConfig(head_dim=head_dim, rope_parameters=parameters, max_position_embeddings=512)
+    return LlamaRotaryEmbedding(config)
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("head_dim", [2, 16, 40])
+def test_equals_llama(name, head_dim):
+    q, k = random_input(2, 30, 3, head_dim, seed=1), random_input(2, 30, 2, head_dim, seed=2)
+    positions = torch.randint(0, 400, (2, 30), generator=torch.Generator().manual_seed(0))
+    cos, sin = llama(name, head_dim)(q, positions)
+    expected = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+    for ours, theirs in zip(rotary(name, head_dim)(q, k, positions), expected, strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_partial_rotation_leaves_the_rest_alone(name):
+    q = random_input(1, 5, 2, 20)
+    turned, _ = rotary(name, 20, rotary_dim=8)(q, q, torch.arange(5)[None])
+    whole, _ = rotary(name, 8)(q[..., :8], q[..., :8], torch.arange(5)[None])
+    assert torch.equal(turned[..., 8:], q[..., 8:])
+    assert_close(turned[..., :8], whole)
+
+
+def test_yarn_scales_cos_and_sin():
+    assert rotary("yarn", 16).attention_factor == pytest.approx(0.1 * math.log(8) + 1)
+
+
+def test_frequencies_are_float32_and_never_saved():
+    module = rotary("yarn", 16)
+    before = module.inv_freq.clone()
+    module.to(torch.bfloat16)
+    assert module.inv_freq.dtype == torch.float32
+    assert torch.equal(module.inv_freq, before)
+    assert module.state_dict() == {}
+
+
+def test_reset_parameters_fills_a_meta_module():
+    for name in TYPES:
+        with torch.device("meta"):
+            module = rotary(name, 16)
+        module.to_empty(device="cpu").reset_parameters()
+        assert torch.equal(module.inv_freq, rotary(name, 16).inv_freq)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rotary_dim": 5}, "rotary_dim: must be even"),
+        ({"rotary_dim": 18}, r"rotary_dim: .*at most head_dim \(16\), got 18"),
+        ({"factor": 2.0}, "factor: does not belong to rope type default"),
+        ({"type": "linear"}, "factor: is missing; rope type linear"),
+        ({"type": "yarn", "factor": 2.0}, "original_max_position_embeddings: is missing"),
+        (TYPES["llama3"] | {"type": "llama3", "beta_fast": 1.0}, "beta_fast: does not belong"),
+    ],
+)
+def test_mistakes_are_named(fields, message):
+    with pytest.raises(FieldError, match=message):
+        RopeConfig(**fields).resolve(16)

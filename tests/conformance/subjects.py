@@ -1,0 +1,80 @@
+"""The rows of the matrix: small models, one for every setting of a mixer that takes another path through the code, and
+mixed stacks. A new kind is one more row here; test_document.py fails while it has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+VOCAB_SIZE, HIDDEN_SIZE = 61, 32
+
+MLP = {"kind": "mlp", "intermediate_size": 24}
+GELU = {"kind": "mlp", "intermediate_size": 24, "activation": "gelu", "gated": False, "bias": True}
+RELU2 = {"kind": "mlp", "intermediate_size": 24, "activation": "relu2", "gated": False}
+MOE = {"kind": "moe", "intermediate_size": 16, "num_experts": 4, "top_k": 2, "renormalize": True}
+JAMBA_MOE = {**MOE, "renormalize": False}
+SHARED_MOE = {**MOE, "top_k": 3, "num_shared_experts": 1, "router": {"z_loss_coef": 0.01}}
+
+MHA = {"kind": "attention", "num_heads": 4}
+PARTIAL_ROPE = {"theta": 1.0e4, "rotary_dim": 4}
+GQA = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "rope": PARTIAL_ROPE}
+FULL_GQA = {**GQA, "qk_norm": True, "bias": True, "output_gate": True}
+WINDOW = {"kind": "attention", "num_heads": 2, "num_kv_heads": 1, "window": 5}
+SINKS = {**WINDOW, "num_kv_heads": 2, "num_sinks": 2}
+NO_ROPE = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "rope": None}
+LIGHTNING = {"kind": "lightning", "num_heads": 4}
+MAMBA = {"kind": "mamba", "state_size": 4}
+JAMBA = {"kind": "mamba", "state_size": 4, "conv_kernel": 3, "inner_norms": True}
+MAMBA2 = {"kind": "mamba2", "num_heads": 3, "head_dim": 8, "state_size": 6, "conv_kernel": 2}
+MAMBA2_GROUPS = {"kind": "mamba2", "head_dim": 16, "state_size": 8, "num_groups": 2}
+
+
+def _stack(pattern: str, blocks: dict[str, dict], **fields: Any) -> dict[str, Any]:
+    return {"vocab_size": VOCAB_SIZE, "hidden_size": HIDDEN_SIZE, "blocks": blocks, "pattern": pattern, **fields}
+
+
+def _alone(mixer: dict, ffn: dict) -> dict[str, Any]:
+    # Twice: a lightning layer's decay depends on its depth, and an error in the first layer shows in the second.
+    return _stack("block*2", {"block": {"mixer": mixer, "ffn": ffn}})
+
+
+ALL_KINDS = {
+    "attention": {"mixer": FULL_GQA, "ffn": MLP},
+    "lightning": {"mixer": LIGHTNING, "ffn": MOE},
+    "mamba": {"mixer": MAMBA},
+    "mamba2": {"mixer": MAMBA2_GROUPS, "ffn": JAMBA_MOE},
+    "dense": {"ffn": MLP},
+}
+ALL_PATTERN = "mamba attention lightning dense mamba2"
+
+SUBJECTS: dict[str, dict[str, Any]] = {
+    "attention": _alone(MHA, MLP),
+    "attention-gqa": _alone(FULL_GQA, MOE),
+    "attention-window": _alone(WINDOW, GELU),
+    "attention-sinks": _alone(SINKS, MLP),
+    "attention-no-rope": _alone(NO_ROPE, JAMBA_MOE),
+    "lightning": _alone(LIGHTNING, SHARED_MOE),
+    "mamba": _alone(MAMBA, RELU2),
+    "mamba-inner-norms": _alone(JAMBA, MLP),
+    "mamba2": _alone(MAMBA2, MLP),
+    "mamba2-groups": _alone(MAMBA2_GROUPS, MOE),
+    "minimax": _stack(
+        "lightning*2 softmax",
+        {"lightning": {"mixer": LIGHTNING}, "softmax": {"mixer": GQA}},
+        defaults={"ffn": MOE},
+        residual={"kind": "normalized", "mixer_alpha": 2.0, "ffn_alpha": 1.5, "ffn_beta": 0.8},
+        tie_word_embeddings=True,
+    ),
+    "jamba": _stack(
+        "mamba mamba_moe softmax mamba_moe",
+        {
+            "mamba": {"mixer": JAMBA, "ffn": MLP},
+            "mamba_moe": {"mixer": JAMBA, "ffn": JAMBA_MOE},
+            "softmax": {"mixer": NO_ROPE, "ffn": MLP},
+        },
+    ),
+    "all-pre": _stack(ALL_PATTERN, ALL_KINDS, norm={"kind": "layer"}),
+    "all-normalized": _stack(ALL_PATTERN, ALL_KINDS, residual={"kind": "normalized"}),
+    "all-post": _stack(ALL_PATTERN, ALL_KINDS, residual={"kind": "post"}),
+    "all-sandwich": _stack(ALL_PATTERN, ALL_KINDS, residual={"kind": "sandwich"}, norm={"zero_centered": True}),
+    "all-parallel": _stack(ALL_PATTERN, ALL_KINDS, residual={"kind": "parallel"}),
+}

@@ -1,0 +1,31 @@
+import torch
+
+from tests.conformance.conftest import Measure
+from tests.conformance.runs import build, forward, inputs
+from zoo.blocks import SequenceContext
+
+LENGTH = 70  # over the chunk of every op
+
+
+@torch.no_grad()
+def test_no_output_before_a_changed_token_changes(subject: str, measure: Measure) -> None:
+    model, x = build(subject), inputs(2, LENGTH)
+    before = forward(model, x)
+    for t in (1, 2, 33, 64, LENGTH - 1):
+        changed = x.clone()
+        changed[:, t] = -x[:, t]
+        after = forward(model, changed)
+        measure(f"outputs before token {t}", after[:, :t], before[:, :t], 1e-12)
+        assert ((after[:, t] - before[:, t]).norm(dim=-1) > 1e-3).all(), f"token {t} does not reach its own output"
+
+
+@torch.no_grad()
+def test_every_mixer_carries_a_token_to_the_next(subject: str) -> None:
+    model, x = build(subject), inputs(1, 8)
+    changed = x.clone()
+    changed[:, 3] = -x[:, 3]
+    context = SequenceContext.of(x)
+    for layer in model.layers:
+        if layer.mixer is not None:
+            difference = (layer.mixer(changed, context) - layer.mixer(x, context)).norm(dim=-1)[0]
+            assert (difference[:3] == 0).all() and (difference[3:5] > 1e-4).all()

@@ -1,0 +1,32 @@
+import pytest
+import torch
+
+from tests.conformance.conftest import Measure
+from tests.conformance.runs import build, inputs, probe
+from zoo.blocks import SequenceContext
+from zoo.models.decoder import DecoderLayer
+
+INDUCTOR = "minimax"  # the C++ compiler takes long: one subject stands for all
+
+
+@pytest.fixture(autouse=True)
+def forget_graphs() -> None:
+    torch._dynamo.reset()
+
+
+def results(layer: DecoderLayer, forward, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    out, statistics = forward(x, SequenceContext.of(x))
+    loss = probe(out) if statistics is None else probe(out) + statistics.probabilities.square().sum()
+    named = {"input": x, **dict(layer.named_parameters())}
+    return {"output": out, **dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))}
+
+
+def test_compiled_layers_equal_eager_ones(subject: str, measure: Measure) -> None:
+    model = build(subject, torch.float32)
+    layers = {layer.name: i for i, layer in reversed(list(enumerate(model.config.layers)))}  # each block once
+    for name, i in layers.items():
+        layer = model.layers[i]
+        x = inputs(2, 40, torch.float32).requires_grad_()
+        backend = "inductor" if subject == INDUCTOR else "aot_eager"
+        compiled = torch.compile(layer, fullgraph=True, backend=backend)
+        measure.gradients(name, results(layer, compiled, x), results(layer, layer, x), 1e-5)
