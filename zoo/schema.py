@@ -24,6 +24,7 @@ Count = Annotated[int, Ge(0), Le(2**31 - 1)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Probability = Annotated[float, Ge(0), Le(1)]
+Share = Annotated[float, Gt(0), Le(1)]
 
 
 class DataclassInstance(Protocol):

@@ -39,4 +39,6 @@ def test_equals_the_formula(activation, gated, bias):
         inner = act(up)
     assert_close(run_ffn(module)(x), F.linear(inner, module.down_proj.weight, module.down_proj.bias))
     assert (module.up_proj.bias is not None) == bias
-    assert sum(p.numel() for p in module.parameters()) == (3 if gated else 2) * 240 + bias * ((2 if gated else 1) * 20 + 12)
+    assert sum(p.numel() for p in module.parameters()) == (3 if gated else 2) * 240 + bias * (
+        (2 if gated else 1) * 20 + 12
+    )

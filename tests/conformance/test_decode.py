@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.conformance.conftest import Measure
-from tests.conformance.runs import build, chunked, forward, inputs
+from tests.conformance.runs import build, chunked, forward, gradients, inputs, probe
 
 LENGTH = 72  # over the chunk of every op and far over the windows
 SIZES = {
@@ -22,11 +22,5 @@ def test_chunks_and_single_tokens_equal_one_forward(subject: str, sizes: str, me
 
 def test_gradients_flow_from_chunk_to_chunk(subject: str, measure: Measure) -> None:
     model, x = build(subject), inputs(2, 20).requires_grad_()
-    whole = gradients_of(model, x, [20])
-    measure.gradients("chunks", gradients_of(model, x, [9, 1, 10]), whole, 1e-9)
-
-
-def gradients_of(model, x, sizes):
-    from tests.conformance.runs import gradients, probe
-
-    return gradients(model, probe(chunked(model, x, sizes)), x)
+    chunks, whole = (chunked(model, x, sizes) for sizes in ([9, 1, 10], [20]))
+    measure.gradients("chunks", gradients(model, probe(chunks), x), gradients(model, probe(whole), x), 1e-9)

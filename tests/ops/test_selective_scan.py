@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -166,7 +167,7 @@ def test_flops_of_the_reference() -> None:
     assert counter.get_total_flops() == 2 * 10 * 4 * 5 * 3
 
 
-def test_training_keeps_one_state_per_chunk_and_inference_none() -> None:
+def test_training_keeps_one_state_per_chunk_and_inference_none(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [x.requires_grad_() for x in make(1, 1024, channels=8, state=16)]
 
     def saved_bytes(length: int) -> int:
@@ -187,8 +188,21 @@ def test_training_keeps_one_state_per_chunk_and_inference_none() -> None:
     assert short < long <= 2 * short
     per_token = 8 * (2 * 8 + 2 * 16) + 8 * 8 * 16 / chunked.CHUNK
     assert long < 1.1 * 1024 * per_token
-    args = [x.detach() for x in tensors[:5]]
-    assert chunked._forward(*args, None, None, False)[2].numel() == 0
+
+    kept: list[int] = []
+    forward = chunked._forward
+
+    def spy(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        results = forward(*arguments)
+        kept.append(results[2].shape[0])
+        return results
+
+    monkeypatch.setattr(chunked, "_forward", spy)
+    selective_scan(*tensors[:6])
+    with torch.no_grad():
+        selective_scan(*tensors[:6])
+    selective_scan(*(x.detach() for x in tensors[:6]))
+    assert kept == [1024 // chunked.CHUNK, 0, 0]
 
 
 @pytest.mark.parametrize("length", [1, 100])

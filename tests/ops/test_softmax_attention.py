@@ -76,7 +76,7 @@ def test_fewer_queries_than_keys(length: int, key_length: int, limits: dict[str,
 @pytest.mark.parametrize("dims", [(8, 8), (8, 3), (3, 8)])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 9}, {"scale": 2.0}])
-@pytest.mark.parametrize("length", [1, 70])
+@pytest.mark.parametrize("length", [1, 30, 70])
 def test_without_lse(length: int, options: dict[str, Any], heads: tuple[int, int], dims: tuple[int, int]) -> None:
     check(make(2, length, 70, heads, dims), return_lse=False, **options)
 
@@ -190,7 +190,8 @@ def test_flops_of_the_reference() -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"window": 20, "num_sinks": 2}, {"return_lse": True}, {"key_mask": True}, {"cu_seqlens": True}]
 )
-def test_saved_memory_is_linear_in_the_length(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("dims", [(8, 8), (8, 4)])
+def test_saved_memory_is_linear_in_the_length(options: dict[str, Any], dims: tuple[int, int]) -> None:
     def saved_bytes(length: int) -> int:
         storages: dict[int, int] = {}
 
@@ -203,7 +204,7 @@ def test_saved_memory_is_linear_in_the_length(options: dict[str, Any]) -> None:
             given["key_mask"] = torch.ones(1, length, dtype=torch.bool)
         if "cu_seqlens" in given:
             given["cu_seqlens"] = torch.tensor([0, length // 2, length], dtype=torch.int32)
-        leaves = [x.requires_grad_() for x in make(1, length, length, dims=(8, 8))]
+        leaves = [x.requires_grad_() for x in make(1, length, length, dims=dims)]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             softmax_attention(*leaves, **given)
         return sum(storages.values())

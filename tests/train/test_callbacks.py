@@ -120,7 +120,8 @@ def test_the_first_module_with_a_bad_output_is_named():
 
 def sampling_trainer(folder, **options):
     return SimpleNamespace(
-        datamodule=SimpleNamespace(tokenizer=load_tokenizer("bytes")), loggers=[], default_root_dir=str(folder), **options
+        datamodule=SimpleNamespace(tokenizer=load_tokenizer("bytes")), loggers=[], default_root_dir=str(folder),
+        **options,
     )  # fmt: skip
 
 

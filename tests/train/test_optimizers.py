@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from zoo.train.optimizers import MuonWithAdamW, make_optimizer
+import zoo
+from zoo.train.optimizers import MuonWithAdamW, hidden_matrices, make_optimizer
 
 OPTIONS = {"learning_rate": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95), "momentum": 0.95}
 
@@ -60,6 +61,24 @@ def test_weight_decay_reaches_matrices_only():
     assert names_of(model, spared) == {
         "embedding.weight", "linear.bias", "norm.weight", "norm.bias", "conv.bias", "A_log"
     }  # fmt: skip
+
+
+def test_rates_of_a_built_model_are_spared():
+    """Mamba-1's A_log is a matrix, and the model has come from the meta device."""
+    mamba = {"mixer": {"kind": "mamba", "state_size": 16}}
+    mamba2 = {"mixer": {"kind": "mamba2", "num_heads": 2, "state_size": 16}}
+    config = {"vocab_size": 64, "hidden_size": 32, "blocks": {"a": mamba, "b": mamba2}, "pattern": "a b"}
+    model = zoo.build(config)
+    for name in ("adamw", "muon"):
+        groups = make_optimizer(name, model, **OPTIONS).param_groups
+        spared = names_of(model, [p for group in groups if not group["weight_decay"] for p in group["params"]])
+        for rate in ("A_log", "D", "dt_bias"):
+            assert {f"model.layers.{layer}.mixer.{rate}" for layer in (0, 1)} <= spared
+        assert "model.layers.0.mixer.in_proj.weight" not in spared
+    assert names_of(model, hidden_matrices(model)) == {
+        f"model.layers.{layer}.mixer.{weight}.weight"
+        for layer, weight in [(0, "in_proj"), (0, "x_proj"), (0, "out_proj"), (1, "in_proj"), (1, "out_proj")]
+    }
 
 
 def test_a_tied_embedding_is_not_decayed_and_listed_once():

@@ -17,7 +17,7 @@ HELD_OUT = b"def add(a, b):\n    return a + b\n" * 40
 class Balanced(HTMLParser):
     """Fails on a tag that is closed out of order; collects tags, attributes and text."""
 
-    VOID = {"meta", "br", "img", "link"}
+    VOID = frozenset({"meta", "br", "img", "link"})
 
     def __init__(self):
         super().__init__()

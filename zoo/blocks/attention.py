@@ -108,7 +108,9 @@ class Attention(Mixer):
         key_mask = context.padding_mask
         if state is not None:
             if context.cu_seqlens is not None:
-                raise ValueError("attention cannot continue a state with cu_seqlens; pad the rows instead of packing them")
+                raise ValueError(
+                    "attention cannot continue a state with cu_seqlens; pad the rows instead of packing them"
+                )
             assert isinstance(state, KeyValueState), "new_state() makes one"
             k, v, key_mask = state.append(k, v, key_mask)
         out = ops.softmax_attention(

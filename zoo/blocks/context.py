@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zoo.ops.varlen import check_cu_seqlens
+
 
 @dataclass(frozen=True)
 class SequenceContext:
@@ -44,7 +46,7 @@ class SequenceContext:
             seen: int64 `[batch]`, real tokens of each row that earlier chunks held.
 
         Raises:
-            ValueError: a shape does not fit `x`, or padding and packed documents are given together.
+            ValueError: a shape or the offsets do not fit `x`, or padding and packed documents are given together.
         """
         batch, length = x.shape[:2]
         if padding_mask is not None:
@@ -55,9 +57,14 @@ class SequenceContext:
                 padding_mask = None
         if padding_mask is not None and cu_seqlens is not None:
             raise ValueError("give padding_mask or cu_seqlens, not both: packed documents have no padding")
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, batch, length)
         if position_ids is None:
             position_ids = cls._positions(x, padding_mask, cu_seqlens, seen)
-        elif position_ids.shape != (batch, length):
+        elif position_ids.shape not in ((batch, length), (1, length)):
+            shapes = f"{[batch, length]} or {[1, length]}"
+            raise ValueError(f"position_ids must be {shapes}, got {list(position_ids.shape)}")
+        else:
             position_ids = position_ids.expand(batch, length)
         if padding_mask is None:
             return cls(position_ids, cu_seqlens=cu_seqlens)

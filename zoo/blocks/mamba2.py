@@ -55,7 +55,8 @@ class Mamba2Config(MixerConfig):
         if num_heads is None:
             if 2 * model.hidden_size % self.head_dim:
                 raise FieldError(
-                    "head_dim", f"must divide 2 * hidden_size ({2 * model.hidden_size}), got {self.head_dim}; or give num_heads"
+                    "head_dim",
+                    f"must divide 2 * hidden_size ({2 * model.hidden_size}), got {self.head_dim}; or give num_heads",
                 )
             num_heads = 2 * model.hidden_size // self.head_dim
         if num_heads % self.num_groups:

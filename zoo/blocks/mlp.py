@@ -1,7 +1,7 @@
 """Feed-forward: plain (Vaswani et al. 2017, arXiv:1706.03762, section 3.3) or gated (Shazeer 2020, arXiv:2002.05202).
 
-    gated   W_down ( act(W_gate x) * (W_up x) )     SwiGLU with silu
-    plain   W_down act(W_up x)                      GELU; relu2 is relu(x)^2 (So et al. 2021, arXiv:2109.08668)
+gated   W_down ( act(W_gate x) * (W_up x) )     SwiGLU with silu
+plain   W_down act(W_up x)                      GELU; relu2 is relu(x)^2 (So et al. 2021, arXiv:2109.08668)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Norms: root mean square (Zhang and Sennrich 2019, arXiv:1910.07467, equation 4) and LayerNorm (arXiv:1607.06450).
 
-    rms:    y = x / sqrt(mean(x^2) + eps) * w          layer:  y = (x - mean) / sqrt(var + eps) * w + b
-    zero_centered: w stands for 1 + w, so that weight decay pulls the scale to 1 (Gemma).
+rms:    y = x / sqrt(mean(x^2) + eps) * w          layer:  y = (x - mean) / sqrt(var + eps) * w + b
+zero_centered: w stands for 1 + w, so that weight decay pulls the scale to 1 (Gemma).
 """
 
 from __future__ import annotations

@@ -68,7 +68,9 @@ def kind_of(role: Role, name: object) -> Kind:
     _load_plugins()
     if isinstance(name, str) and (role, name) in _kinds:
         return _kinds[role, name]
-    raise FieldError("kind", f"unknown {role} {shown(name)}; {nearest(name, [k.name for k in kinds() if k.role == role])}")
+    raise FieldError(
+        "kind", f"unknown {role} {shown(name)}; {nearest(name, [k.name for k in kinds() if k.role == role])}"
+    )
 
 
 def _load_plugins() -> None:

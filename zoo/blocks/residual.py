@@ -1,10 +1,10 @@
 """How a sublayer f (mixer or feed-forward) joins the residual stream x.
 
-    pre         x + f(norm(x))                         Xiong et al. 2020, arXiv:2002.04745
-    post        norm(x + f(x))                         Vaswani et al. 2017, arXiv:1706.03762, section 3.1
-    sandwich    x + norm2(f(norm(x)))                  Ding et al. 2021, arXiv:2105.13290, section 2.4
-    normalized  h = norm(x); alpha*h + beta*f(h)       MiniMax-01, arXiv:2501.08313, section 2.2.2 (released model)
-    parallel    x + mixer(norm(x)) + ffn(norm'(x))     Wang and Komatsuzaki 2021 (GPT-J); here with a norm each
+pre         x + f(norm(x))                         Xiong et al. 2020, arXiv:2002.04745
+post        norm(x + f(x))                         Vaswani et al. 2017, arXiv:1706.03762, section 3.1
+sandwich    x + norm2(f(norm(x)))                  Ding et al. 2021, arXiv:2105.13290, section 2.4
+normalized  h = norm(x); alpha*h + beta*f(h)       MiniMax-01, arXiv:2501.08313, section 2.2.2 (released model)
+parallel    x + mixer(norm(x)) + ffn(norm'(x))     Wang and Komatsuzaki 2021 (GPT-J); here with a norm each
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class Sublayer(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Residual:
-    """`residual: {kind: pre}`. Called with the stream and a layer's sublayers, mixer first; returns the new stream."""
+    """x + f(norm(x)).
+
+    Called with the stream and a layer's sublayers, mixer first; returns the new stream.
+    """
 
     has_second_norm = False
 
@@ -54,7 +57,7 @@ class Residual:
 
 @dataclass(frozen=True, kw_only=True)
 class Post(Residual):
-    """`residual: {kind: post}`."""
+    """norm(x + f(x))."""
 
     def add(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         return sublayer.norm(x + sublayer.f(x))
@@ -62,7 +65,7 @@ class Post(Residual):
 
 @dataclass(frozen=True, kw_only=True)
 class Sandwich(Residual):
-    """`residual: {kind: sandwich}`."""
+    """x + norm2(f(norm(x)))."""
 
     has_second_norm = True
 
@@ -73,7 +76,7 @@ class Sandwich(Residual):
 
 @dataclass(frozen=True, kw_only=True)
 class Normalized(Residual):
-    """`residual: {kind: normalized}`: the stream itself is normalised, and alpha keeps it from being drowned.
+    """h = norm(x); alpha*h + beta*f(h): the stream itself is normalised, and alpha keeps it from being drowned.
 
     mixer_alpha  weight of the stream at a mixer; default (2 * layers)^(1/4), DeepNorm's (arXiv:2203.00555).
     mixer_beta   weight of the mixer's output.
@@ -104,7 +107,7 @@ class Normalized(Residual):
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel(Residual):
-    """`residual: {kind: parallel}`: mixer and feed-forward read the same stream."""
+    """x + mixer(norm(x)) + ffn(norm'(x)): both read the same stream."""
 
     def __call__(self, x: Tensor, sublayers: Sequence[Sublayer]) -> Tensor:
         return x + sum(sublayer.f(sublayer.norm(x)) for sublayer in sublayers)

@@ -1,12 +1,12 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, section 3.2), the two halves of a head paired.
 
-    (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin),  angle of pair i at position t = t * theta^(-2i/d)
+(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin),  angle of pair i at position t = t * theta^(-2i/d)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Gt
@@ -100,18 +100,18 @@ class RotaryEmbedding(Float32Module):
             names = ("factor", "original_max_position_embeddings", *_RAMPS)
             parameters = {name: getattr(self.config, name) for name in names if getattr(self.config, name) is not None}
             parameters |= {"rope_type": self.config.type, "rope_theta": self.config.theta}
-            original = self.config.original_max_position_embeddings or 0
-            config = PreTrainedConfig(
-                rope_parameters=parameters,
-                head_dim=self.rotary_dim,
-                hidden_size=self.rotary_dim,  # read by yarn, as its default for head_dim
-                num_attention_heads=1,
-                max_position_embeddings=original,
-            )
+            fields: dict[str, Any] = {
+                "rope_parameters": parameters,
+                "head_dim": self.rotary_dim,
+                "hidden_size": self.rotary_dim,  # read by yarn, with the next, as a default for head_dim
+                "num_attention_heads": 1,
+                "max_position_embeddings": self.config.original_max_position_embeddings or 0,
+            }
+            config = PreTrainedConfig(**fields)
             return ROPE_INIT_FUNCTIONS[self.config.type](config, torch.device("cpu"))
 
     def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`q`, `k` `[batch, length, heads, head_dim]` turned to `position_ids` `[batch, length]`. Angles are float32."""
+        """`q`, `k` `[batch, length, heads, head_dim]` turned to `position_ids` `[batch, length]`; float32 angles."""
         angles = position_ids[..., None].float() * self.inv_freq
         cos = (angles.cos() * self.attention_factor)[:, :, None]
         sin = (angles.sin() * self.attention_factor)[:, :, None]

@@ -41,11 +41,15 @@ class State:
     def reset(self) -> None:
         """Back to before the first token, with the present batch size."""
         rows = next(iter(self.tensors.values())).shape[0]
-        self.tensors = {name: tensor[:1].expand(rows, *tensor.shape[1:]).clone() for name, tensor in self._initial.items()}
+        self.tensors = {
+            name: tensor[:1].expand(rows, *tensor.shape[1:]).clone() for name, tensor in self._initial.items()
+        }
 
     def to(self, device: torch.device | str) -> Self:
         """Move to `device` (in place)."""
-        self._map(lambda tensor: tensor.to(device))
+        device = torch.device(device)
+        if any(tensor.device != device for tensor in self.tensors.values()):
+            self._map(lambda tensor: tensor.to(device))
         return self
 
     def offload(self) -> None:
@@ -112,13 +116,17 @@ class KeyValueState(State):
         self._buffers = {}
 
     def _extend(self, name: str, new: Tensor) -> Tensor:
-        """The named tensor with `new` after it along dimension 1, written into its buffer where autograd allows."""
+        """The named tensor with `new` after it along dimension 1, written into its buffer unless autograd may need the
+        past as it is."""
         past = self.tensors[name]
-        if torch.is_grad_enabled() and (past.requires_grad or new.requires_grad):
+        if torch.is_grad_enabled():
+            self._buffers.pop(name, None)  # it would lack what is added here
             return torch.cat([past, new], dim=1)
         start, end = past.shape[1], past.shape[1] + new.shape[1]
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape[1] < end:
+        # A buffer made in inference mode is read-only outside it.
+        sealed = buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled()
+        if buffer is None or sealed or buffer.shape[1] < end:
             buffer = past.new_empty(past.shape[0], max(end, 2 * start), *past.shape[2:])
             buffer[:, :start] = past
             self._buffers[name] = buffer

@@ -38,6 +38,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         self, x: Tensor, context: SequenceContext, state: State | None = None
     ) -> tuple[Tensor, RouterStatistics | None]:
         """`x` `[batch, length, hidden]` through the layer; the router's statistics where the ffn has a router."""
+        if context.real_tokens is not None and context.real_tokens.numel() == 0:
+            return x, None  # a chunk of nothing but padding: no token to mix, and no state to move
         statistics: RouterStatistics | None = None
         sublayers = []
         if (mixer := self.mixer) is not None:

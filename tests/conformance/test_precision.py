@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from tests.conformance.conftest import Measure
+from tests.conformance.runs import build, inputs
+from tests.conformance.subjects import SUBJECTS
+from zoo.blocks import KeyValueState, SequenceContext
+
+LENGTH = 16_384
+BOUND = 0.02
+FLOAT32 = ("A_log", "D", "dt_bias")  # parameters; every buffer is float32 besides
+
+
+@torch.no_grad()
+def test_bfloat16_stays_near_float32_over_16k_tokens(subject: str, measure: Measure) -> None:
+    model, rounded = build(subject, torch.float32), build(subject, torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(rounded.get_parameter(name))  # the same weights: what is compared is the computation
+    x = inputs(1, LENGTH, torch.float32).bfloat16()
+    context = SequenceContext.of(x)
+    seen = set()
+    for i, layer in enumerate(model.layers):
+        if layer.mixer is None or model.config.layers[i].name in seen:
+            continue
+        seen.add(model.config.layers[i].name)
+        state = rounded.layers[i].mixer.new_state(1, x.device, x.dtype)
+        out = rounded.layers[i].mixer(x, context, state)
+        assert out.dtype == torch.bfloat16
+        measure(f"layer {i}", out, layer.mixer(x.float(), context), BOUND)
+        if not isinstance(state, KeyValueState):
+            assert {tensor.dtype for tensor in state.tensors.values()} == {torch.float32}
+
+
+def check(rounded: torch.nn.Module, original: torch.nn.Module) -> None:
+    """Rates, decays and buffers are the original's to the last bit, everything else is bfloat16."""
+    for name, tensor in [*rounded.named_parameters(), *rounded.named_buffers()]:
+        kept = name.rpartition(".")[2] in FLOAT32 or name in dict(rounded.named_buffers())
+        assert tensor.dtype == (torch.float32 if kept else torch.bfloat16), name
+        if kept:
+            wanted = dict([*original.named_parameters(), *original.named_buffers()])[name]
+            assert torch.equal(tensor, wanted), name
+
+
+def test_rates_and_decays_stay_float32_when_cast(subject: str) -> None:
+    check(build(subject, torch.float32).to(torch.bfloat16), build(subject, torch.float32))
+    check(build(subject, torch.float32).bfloat16(), build(subject, torch.float32))
+
+
+def test_rates_and_decays_stay_float32_when_built_or_loaded(subject: str, tmp_path: Path) -> None:
+    config = SUBJECTS[subject]
+    torch.manual_seed(0)
+    built = zoo.build(config, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    original = zoo.build(config)
+    assert {p.dtype for p in built.parameters()} <= {torch.bfloat16, torch.float32}
+    for name, buffer in original.named_buffers():
+        assert torch.equal(built.get_buffer(name), buffer)
+    original.save_pretrained(tmp_path)
+    check(zoo.ZooForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), original)

@@ -1,0 +1,175 @@
+"""Continue a prompt with a saved model, printing the text as it comes.
+
+DIR is a folder that train.py exported or save_pretrained wrote: config.json, safetensors, tokenizer. Temperature 0 always
+takes the likeliest token.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import transformers
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from zoo.cli.errors import CommandError
+from zoo.cli.options import option
+from zoo.config import load_config
+from zoo.schema import Count, NonNegative, Share, Size
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", type=str, metavar="DIR", help="The folder of a saved model.")
+    parser.add_argument("--prompt", type=str, required=True, help="The text to continue.")
+    parser.add_argument("--max-new-tokens", type=option(Size), default=200, help="Stop after so many tokens.")
+    parser.add_argument("--temperature", type=option(NonNegative), default=0.8, help="0 takes the likeliest token.")
+    parser.add_argument("--top-p", type=option(Share), default=0.95, help="Sample from the likeliest tokens of this share.")
+    parser.add_argument("--seed", type=option(Count | None), default=None, help="The same seed gives the same text.")
+    parser.add_argument("--stream", action=ActionYesNo, default=True, help="Print as it comes, or all at the end.")
+
+
+def run(arguments: Namespace) -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    folder = Path(arguments.folder)
+    check_folder(folder)
+    tokenizer = load_tokenizer(folder)
+    input_ids = encode(tokenizer, arguments.prompt, folder)
+    model = load_model(folder)
+    if len(tokenizer) > model.config.vocab_size:
+        raise CommandError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}; "
+            "give the folder that the model was saved in together with its tokenizer"
+        )
+    if arguments.seed is not None:
+        torch.manual_seed(arguments.seed)
+    sampling = {"do_sample": False}
+    if arguments.temperature > 0:
+        sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
+    printer = TextPrinter(tokenizer, sys.stdout)
+    sys.stdout.write(arguments.prompt)
+    output = model.generate(
+        input_ids.to(model.device),
+        attention_mask=torch.ones_like(input_ids, device=model.device),
+        max_new_tokens=arguments.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        streamer=printer if arguments.stream else None,
+        **sampling,
+    )
+    if not arguments.stream:
+        printer.put(output[:, : input_ids.shape[1]])
+        printer.put(output[:, input_ids.shape[1] :])
+        printer.end()
+
+
+class TextPrinter(BaseStreamer):
+    """Writes tokens as text as soon as their bytes are whole characters. The first call brings the prompt, which is
+    not written."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO) -> None:
+        self.tokenizer, self.out = tokenizer, out
+        self.tokens: list[int] = []
+        self.written = 0  # tokens whose text has been written
+        self.context = 0  # decoding starts here: some tokenizers join a token to the one before it
+
+    def put(self, value: torch.Tensor) -> None:
+        """`value` is `[tokens]` or `[1, tokens]`."""
+        is_prompt = not self.tokens
+        self.tokens += value.flatten().tolist()
+        if is_prompt:
+            self.written = len(self.tokens)
+            self.context = max(0, self.written - 8)
+        else:
+            self._write(self._pending(), is_last=False)
+
+    def end(self) -> None:
+        self._write(self._pending(), is_last=True)
+        self.out.write("\n")
+        self.out.flush()
+
+    def _pending(self) -> str:
+        before = self._decode(self.tokens[self.context : self.written])
+        return self._decode(self.tokens[self.context :])[len(before) :]
+
+    def _write(self, text: str, is_last: bool) -> None:
+        # A replacement character at the end stands for bytes whose character may not be complete yet.
+        if text and (is_last or not text.endswith("�")):
+            self.out.write(text)
+            self.out.flush()
+            self.context, self.written = self.written, len(self.tokens)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse what is no folder of a saved model with safetensors.
+
+    Raises:
+        CommandError, ConfigError: what is wrong.
+    """
+    if not folder.is_dir():
+        raise CommandError(f"{folder}: is not a folder; give the folder of a saved model, such as runs/NAME/export")
+    config = folder / "config.json"
+    if not config.is_file():
+        raise CommandError(f"{folder}: holds no config.json; give the folder of a saved model, such as runs/NAME/export")
+    try:
+        model_type = json.loads(config.read_bytes()).get("model_type")
+    except (ValueError, AttributeError, RecursionError):
+        raise CommandError(f"{config}: is not the JSON of a model; save the model again") from None
+    if model_type == "zoo":
+        load_config(config)  # its errors name the field
+    if not any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+            raise CommandError(f"{folder}: holds weights as pickle, which may run code; save them as safetensors")
+        raise CommandError(f"{folder}: holds no weights (model.safetensors); save the model again")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise CommandError(f"{folder}: holds no tokenizer (tokenizer.json); save the model's tokenizer there")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # what a broken file raises differs from version to version
+        raise CommandError(f"{folder}: the tokenizer cannot be loaded ({one_line(error)}); save it again") from error
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, folder: Path) -> torch.Tensor:
+    """`[1, tokens]`; an empty prompt is the token that starts a text."""
+    try:
+        tokens = tokenizer(prompt)["input_ids"]
+    except (UnicodeEncodeError, TypeError):  # bytes of the command line that are no UTF-8
+        raise CommandError("--prompt: is not UTF-8 text; check the terminal's encoding") from None
+    if not tokens:
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if start is None:
+            raise CommandError(f"--prompt: is empty, and the tokenizer of {folder} has no token to start with; give a text")
+        tokens = [start]
+    return torch.tensor([tokens])
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """The model, in the dtype it was saved in, on the GPU if there is one."""
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype="auto", output_loading_info=True
+        )
+    except Exception as error:  # a truncated file, shapes of another model, an unknown architecture
+        raise CommandError(f"{folder}: the model cannot be loaded ({one_line(error)}); save it again") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, report.get(problem) or ())):
+            raise CommandError(
+                f"{folder}: the weights do not belong to config.json ({problem.replace('_', ' ')}: {keys[0]}"
+                f"{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}); save the model again"
+            )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,39 @@
+"""Option values, checked by the schema of the model files, so that mistakes read alike everywhere."""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from typing import Any
+
+from zoo import yaml
+from zoo.schema import FieldError, check, expected
+
+SUFFIXES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
+
+
+def option(annotation: Any) -> Callable[[Any], Any]:
+    """A type for add_argument(): the text as YAML, checked against `annotation`."""
+
+    def parse(text: Any) -> Any:
+        try:
+            value = yaml.load_text(text) if isinstance(text, str) else text
+        except yaml.YamlError:
+            value = text
+        try:
+            return check(annotation, value, "")
+        except FieldError as error:
+            raise ArgumentTypeError(str(error)) from None
+
+    parse.__name__ = expected(annotation)
+    return parse
+
+
+def length(text: Any) -> int:
+    """A number of tokens: 4096, 4k, 128k, 1M. k and M are powers of 1,024, as context lengths are."""
+    match = re.fullmatch(r"(\d{1,12})([kmg]?)", str(text).strip().lower(), re.ASCII)
+    tokens = int(match[1]) * SUFFIXES[match[2]] if match else 0
+    if not 1 <= tokens <= 2**40:
+        raise ArgumentTypeError(f"must be a number of tokens such as 4096, 128k or 1M, got {text!r}")
+    return tokens
