@@ -3,7 +3,11 @@ mixed stacks. A new kind is one more row here; test_document.py fails while it h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import zoo
+from zoo.config import Layer
 
 VOCAB_SIZE, HIDDEN_SIZE = 61, 32
 
@@ -44,7 +48,7 @@ ALL_KINDS = {
     "mamba2": {"mixer": MAMBA2_GROUPS, "ffn": JAMBA_MOE},
     "dense": {"ffn": MLP},
 }
-ALL_PATTERN = "mamba attention lightning dense mamba2"
+ALL_PATTERN = "attention mamba lightning dense mamba2"
 
 SUBJECTS: dict[str, dict[str, Any]] = {
     "attention": _alone(MHA, MLP),
@@ -78,3 +82,19 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "all-sandwich": _stack(ALL_PATTERN, ALL_KINDS, residual={"kind": "sandwich"}, norm={"zero_centered": True}),
     "all-parallel": _stack(ALL_PATTERN, ALL_KINDS, residual={"kind": "parallel"}),
 }
+
+
+def new_layers(subject: str, parts: Callable[[Layer], tuple]) -> list[int]:
+    """The layers of `subject` of which some part is in no layer before it, in no subject before it: for checks that
+    take long and that only this part can change."""
+    seen: list[Any] = []
+    for name, mapping in SUBJECTS.items():
+        new = []
+        for i, layer in enumerate(zoo.load_config(mapping).layers):
+            unseen = [part for part in parts(layer) if part not in seen]
+            if unseen:
+                new.append(i)
+            seen += unseen
+        if name == subject:
+            return new
+    raise KeyError(subject)

@@ -2,11 +2,13 @@ import pytest
 import torch
 
 from tests.conformance.conftest import Measure
+from tests.conformance.matrix import PARTS
 from tests.conformance.runs import build, inputs, probe
+from tests.conformance.subjects import new_layers
 from zoo.blocks import SequenceContext
 from zoo.models.decoder import DecoderLayer
 
-INDUCTOR = "minimax"  # the C++ compiler takes long: one subject stands for all
+INDUCTOR = "mamba"  # the C++ compiler takes long: one subject stands for all
 
 
 @pytest.fixture(autouse=True)
@@ -23,10 +25,9 @@ def results(layer: DecoderLayer, forward, x: torch.Tensor) -> dict[str, torch.Te
 
 def test_compiled_layers_equal_eager_ones(subject: str, measure: Measure) -> None:
     model = build(subject, torch.float32)
-    layers = {layer.name: i for i, layer in reversed(list(enumerate(model.config.layers)))}  # each block once
-    for name, i in layers.items():
+    backend = "inductor" if subject == INDUCTOR else "aot_eager"
+    for i in new_layers(subject, PARTS["compile"]):
         layer = model.layers[i]
         x = inputs(2, 40, torch.float32).requires_grad_()
-        backend = "inductor" if subject == INDUCTOR else "aot_eager"
         compiled = torch.compile(layer, fullgraph=True, backend=backend)
-        measure.gradients(name, results(layer, compiled, x), results(layer, layer, x), 1e-5)
+        measure.gradients(f"layer {i}", results(layer, compiled, x), results(layer, layer, x), 1e-5)

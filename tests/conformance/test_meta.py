@@ -80,7 +80,9 @@ def test_active_parameters_are_those_one_token_moves(subject: str) -> None:
     idle = 0
     for name, parameter in model.named_parameters():
         if ".experts." in name:
-            idle += sum(expert.numel() for expert, grad in zip(parameter, parameter.grad, strict=True) if not grad.any())
+            idle += sum(
+                expert.numel() for expert, grad in zip(parameter, parameter.grad, strict=True) if not grad.any()
+            )
     assert model.num_active_params() == model.num_params() - idle
 
 

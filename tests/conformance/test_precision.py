@@ -1,12 +1,12 @@
 from pathlib import Path
 
-import pytest
 import torch
 
 import zoo
 from tests.conformance.conftest import Measure
+from tests.conformance.matrix import PARTS
 from tests.conformance.runs import build, inputs
-from tests.conformance.subjects import SUBJECTS
+from tests.conformance.subjects import SUBJECTS, new_layers
 from zoo.blocks import KeyValueState, SequenceContext
 
 LENGTH = 16_384
@@ -21,15 +21,11 @@ def test_bfloat16_stays_near_float32_over_16k_tokens(subject: str, measure: Meas
         parameter.copy_(rounded.get_parameter(name))  # the same weights: what is compared is the computation
     x = inputs(1, LENGTH, torch.float32).bfloat16()
     context = SequenceContext.of(x)
-    seen = set()
-    for i, layer in enumerate(model.layers):
-        if layer.mixer is None or model.config.layers[i].name in seen:
-            continue
-        seen.add(model.config.layers[i].name)
+    for i in new_layers(subject, PARTS["precision"]):
         state = rounded.layers[i].mixer.new_state(1, x.device, x.dtype)
         out = rounded.layers[i].mixer(x, context, state)
         assert out.dtype == torch.bfloat16
-        measure(f"layer {i}", out, layer.mixer(x.float(), context), BOUND)
+        measure(f"layer {i}", out, model.layers[i].mixer(x.float(), context), BOUND)
         if not isinstance(state, KeyValueState):
             assert {tensor.dtype for tensor in state.tensors.values()} == {torch.float32}
 

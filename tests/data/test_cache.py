@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,32 +134,57 @@ def test_a_damaged_cache_is_built_again(name, damage, text_folder, tmp_path, cap
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [cache.folder.name]
 
 
-def test_two_processes_at_once(text_folder, tmp_path):
-    processes = [start(text_folder, tmp_path / "cache") for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0] == load(text_folder, tmp_path / "cache").fingerprint + "\n"
-    assert sum("30 documents" in errors for _, errors in outputs) == 1  # one built, the other waited
-
-
-def test_kill_in_the_middle(tmp_path):
-    folder, cache_dir = tmp_path / "text", tmp_path / "cache"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large")
     for i in range(12):
         text = np.random.RandomState(i).randint(32, 127, 1 << 20).astype(np.uint8).tobytes()
         (folder / f"{i:02}.txt").write_bytes(text)
-    process = start(folder, cache_dir)
+    return folder
+
+
+def wait_until(condition, process):
     deadline = time.monotonic() + 120
-    while not any(path.stat().st_size for path in cache_dir.glob("*.tmp/tokens.bin")):
+    while not condition():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.002)
+
+
+def start_and_wait_for_tokens(folder, cache_dir):
+    process = start(folder, cache_dir)
+    wait_until(lambda: any(path.stat().st_size for path in cache_dir.glob("*.tmp/tokens.bin")), process)
+    return process
+
+
+def waits_for_the_lock(process):
+    opened = [os.path.realpath(path) for path in Path(f"/proc/{process.pid}/fd").iterdir()]
+    return any(path.endswith(".lock") for path in opened)
+
+
+def test_two_processes_at_once(large_folder, tmp_path):
+    first = start_and_wait_for_tokens(large_folder, tmp_path / "cache")
+    os.kill(first.pid, signal.SIGSTOP)  # in the middle of its work
+    second = start(large_folder, tmp_path / "cache")
+    try:
+        wait_until(lambda: waits_for_the_lock(second), second)
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    outputs = [process.communicate(timeout=120) for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), outputs
+    assert outputs[0][0] == outputs[1][0] == load(large_folder, tmp_path / "cache").fingerprint + "\n"
+    assert ["12 documents" in errors for _, errors in outputs] == [True, False]  # one built, the other waited
+
+
+def test_kill_in_the_middle(large_folder, tmp_path):
+    cache_dir = tmp_path / "cache"
+    process = start_and_wait_for_tokens(large_folder, cache_dir)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert [path.suffix for path in cache_dir.iterdir() if path.is_dir()] == [".tmp"]
 
-    cache = load(folder, cache_dir)
-    assert cache.text(np.arange(12)) == b"".join(path.read_bytes() for path in sorted(folder.iterdir()))
+    cache = load(large_folder, cache_dir)
+    assert cache.text(np.arange(12)) == b"".join(path.read_bytes() for path in sorted(large_folder.iterdir()))
     assert [path for path in cache_dir.iterdir() if path.is_dir()] == [cache.folder]
 
 

@@ -171,6 +171,16 @@ def test_positive_log_decay_counts_as_zero():
             assert torch.equal(linear_attention(q, k, v, torch.ones(2).double()), linear_attention(q, k, v))
 
 
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_a_log_decay_of_minus_infinity_forgets(name):
+    q, k, v, g, _ = make_inputs(1, 100, 1, 2, 4, 4, "token")
+    g[:, [20, 21, 70]] = -torch.inf
+    bounds = torch.tensor([0, 20, 21, 70, 100], dtype=torch.int32)
+    with backend(name):
+        out = linear_attention(q, k, v, g)
+        assert relative_error(out, linear_attention(q, k, v, g.clamp(min=-50), cu_seqlens=bounds)) < 1e-13
+
+
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (4,), (0, 3), (2, 4)])
 def test_only_some_inputs_need_gradients(wanted):
     inputs = make_inputs(1, 70, 1, 2, 4, 4, "token")

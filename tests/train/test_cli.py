@@ -71,6 +71,7 @@ def test_mixed_precision_muon_and_accumulation(tiny, tmp_path):
     assert main([*tiny, *options, "--model.schedule=wsd", "--trainer.max_steps=4", "--data.batch_size=1"]) == 0
     losses = column(tmp_path / "runs" / "tiny", "train/loss")
     assert sorted(losses) == [1, 2, 3, 4]
+    assert sorted(column(tmp_path / "runs" / "tiny", "val/bpb")) == [3, 4]  # after six batches, and after the last step
     assert all(3 < float(loss) < 7 for loss in losses.values())
 
 

@@ -113,6 +113,7 @@ class Attention(Mixer):
                 )
             assert isinstance(state, KeyValueState), "new_state() makes one"
             k, v, key_mask = state.append(k, v, key_mask)
+            k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast the state has the dtype of the weights
         out = ops.softmax_attention(
             q,
             k,

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 from jsonargparse import ArgumentParser
 
@@ -23,11 +23,14 @@ VERBS = {"check": check, "describe": describe, "generate": generate}
 
 
 class _Parser(ArgumentParser):
+    spelled: ClassVar[dict[str, str]] = {}
+    """Name of an argument -> how it is spelled on the command line."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise CommandError(_in_plain_words(" ".join(message.split()), self))
 
 
-def _in_plain_words(message: str, parser: ArgumentParser) -> str:
+def _in_plain_words(message: str, parser: _Parser) -> str:
     """jsonargparse's message without the names of its insides, and with the nearest option for an unknown one."""
     if surplus := re.match(r"unrecognized arguments: ([^-]\S*)", message):
         return f"{surplus[1]}: is one argument too many; remove it, or put quotes around a text with spaces"
@@ -36,6 +39,8 @@ def _in_plain_words(message: str, parser: ArgumentParser) -> str:
         return f"--{unknown[1]}: unknown option; {nearest('--' + unknown[1], options)}"
     if verb := re.match(r"argument \w+: invalid choice: '(.+?)' ", message):
         return f"{verb[1]}: unknown command; {nearest(verb[1], VERBS)}"
+    if missing := re.match(r"the following arguments are required: (?:\w+\.)?(\w+)", message):
+        return f"{parser.spelled[missing[1]]} is missing; `zoo COMMAND --help` says what it is"
     message = re.sub(r'^Parser key "(?:\w+\.)?(\w+)": ', r"--\1: ", message)
     return re.sub(r"^argument ", "", message)
 
@@ -47,6 +52,7 @@ def _parser() -> _Parser:
         description = module.__doc__.strip()
         verb = _Parser(description=description)
         module.add_arguments(verb)
+        verb.spelled.update((action.dest, (action.option_strings or [action.metavar])[0]) for action in verb._actions)
         verbs.add_subcommand(name, verb, help=description.splitlines()[0])
     return parser
 

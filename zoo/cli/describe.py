@@ -22,7 +22,7 @@ from zoo.blocks.norm import NormConfig
 from zoo.blocks.residual import RESIDUALS
 from zoo.cli.check import parts, span
 from zoo.cli.errors import CommandError
-from zoo.cli.options import length, option
+from zoo.cli.options import Option, length
 from zoo.config import load_config
 from zoo.models.picture import layer_stack_svg
 from zoo.models.summary import Summary, runs, summarize
@@ -34,7 +34,7 @@ HEADER = ("layer", "block", "kind", "parameters", "FLOPs/token", "state")
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("file", type=str, nargs="?", metavar="FILE", help="A model file, or the folder of a saved model.")
     parser.add_argument("--length", type=length, default=4096, help="Tokens of a sequence: 4096, 128k, 1M.")
-    parser.add_argument("--batch", type=option(Size), default=1, help="Sequences in a training step.")
+    parser.add_argument("--batch", type=Option(Size), default=1, help="Sequences in a training step.")
     parser.add_argument("--html", type=str, default=None, help="Write a page with a picture to this file as well.")
     parser.add_argument("--kinds", action="store_true", help="List every kind of mixer and feed-forward instead.")
 
@@ -87,16 +87,13 @@ def table(summary: Summary) -> list[str]:
 
 def totals(summary: Summary, batch: int) -> list[str]:
     """What the table's columns do not say, a line each."""
-    total, config = summary.total, summary.config
-    embedding = config.vocab_size * config.hidden_size
-    idle = total.params - total.active_params
+    total = summary.total
     memory = summary.training_bytes(batch)
     named = ", ".join(f"{name} {size(value)}" for name, value in memory.items())
     lines = [f"parameters: {total.params:,}"]
-    if idle:
-        lines.append(
-            f"active per token: {total.active_params:,} ({count(total.active_params - embedding)} without the embedding)"
-        )
+    if total.active_params < total.params:
+        inner = total.active_params - summary.ends.params
+        lines.append(f"active per token: {total.active_params:,} ({count(inner)} without embedding and head)")
     return [
         *lines,
         f"FLOPs of a forward pass over {summary.length:,} tokens: {count(total.flops)}",

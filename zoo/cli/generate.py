@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.generation.streamers import BaseStreamer
 
 from zoo.cli.errors import CommandError
-from zoo.cli.options import option
+from zoo.cli.options import Option
 from zoo.config import load_config
 from zoo.schema import Count, NonNegative, Share, Size
 
@@ -26,10 +26,10 @@ from zoo.schema import Count, NonNegative, Share, Size
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("folder", type=str, metavar="DIR", help="The folder of a saved model.")
     parser.add_argument("--prompt", type=str, required=True, help="The text to continue.")
-    parser.add_argument("--max-new-tokens", type=option(Size), default=200, help="Stop after so many tokens.")
-    parser.add_argument("--temperature", type=option(NonNegative), default=0.8, help="0 takes the likeliest token.")
-    parser.add_argument("--top-p", type=option(Share), default=0.95, help="Sample from the likeliest tokens of this share.")
-    parser.add_argument("--seed", type=option(Count | None), default=None, help="The same seed gives the same text.")
+    parser.add_argument("--max-new-tokens", type=Option(Size), default=200, help="Stop after so many tokens.")
+    parser.add_argument("--temperature", type=Option(NonNegative), default=0.8, help="0 takes the likeliest token.")
+    parser.add_argument("--top-p", type=Option(Share), default=0.95, help="Sample from the likeliest tokens of this share.")
+    parser.add_argument("--seed", type=Option(Count | None), default=None, help="The same seed gives the same text.")
     parser.add_argument("--stream", action=ActionYesNo, default=True, help="Print as it comes, or all at the end.")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from argparse import ArgumentTypeError
-from collections.abc import Callable
 from typing import Any
 
 from zoo import yaml
@@ -13,21 +12,24 @@ from zoo.schema import FieldError, check, expected
 SUFFIXES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 
 
-def option(annotation: Any) -> Callable[[Any], Any]:
-    """A type for add_argument(): the text as YAML, checked against `annotation`."""
+class Option:
+    """A type for add_argument(): reads the text as YAML and checks it against an annotation."""
 
-    def parse(text: Any) -> Any:
+    def __init__(self, annotation: Any) -> None:
+        self.annotation = annotation
+
+    def __repr__(self) -> str:  # what --help prints
+        return expected(self.annotation)
+
+    def __call__(self, text: Any) -> Any:
         try:
             value = yaml.load_text(text) if isinstance(text, str) else text
         except yaml.YamlError:
             value = text
         try:
-            return check(annotation, value, "")
+            return check(self.annotation, value, "")
         except FieldError as error:
             raise ArgumentTypeError(str(error)) from None
-
-    parse.__name__ = expected(annotation)
-    return parse
 
 
 def length(text: Any) -> int:

@@ -29,14 +29,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     if hasattr(F, "linear_cross_entropy") and torch.is_grad_enabled():
         with torch.autocast(device, enabled=False):
-            return F.linear_cross_entropy(
+            losses = F.linear_cross_entropy(
                 hidden,
                 weight,
                 labels,
-                reduction="sum",
+                reduction="none",  # torch would sum in the dtype of `hidden`, and bfloat16 cannot tell 2.34 from 2.35
                 ignore_index=IGNORE_INDEX,
                 options=torch.nn.LinearCrossEntropyOptions(),
-            ).float()
+            )
+        return losses.float().sum()
     return chunked_cross_entropy(hidden, weight, labels)
 
 

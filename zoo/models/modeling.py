@@ -62,6 +62,7 @@ class ZooPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DecoderLayer"]
     _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias"]
     _supports_sdpa = True
+    _is_stateful = True  # assisted generation needs a cache that can forget, and is refused
 
     def _init_weights(self, module: nn.Module) -> None:
         # Every module of ours that owns parameters or buffers can fill them; transformers' initialisers inside leave

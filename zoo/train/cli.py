@@ -170,16 +170,13 @@ class ZooCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Settles what the later parts rely on: the whole model mapping, the run folder, a checkpoint that fits."""
+        self._resolve_model()
         config = self.config[self.subcommand]
-        config.model.config = zoo.load_config(config.model.config, config.model.overrides or ()).to_mapping()
-        config.model.overrides = None
         if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             raise UserError(
                 f"trainer.accelerator: {config.trainer.accelerator} was asked for but this machine has no usable CUDA "
                 f"GPU; write --trainer.accelerator cpu"
             )
-        if self.subcommand == "fit" and config.trainer.max_steps < 1:
-            raise UserError(f"trainer.max_steps: {config.trainer.max_steps} is not a length of a run; give 1 or more")
         if config.wandb and importlib.util.find_spec("wandb") is None:
             raise UserError("--wandb: the package wandb is not installed; pip install wandb, or leave --wandb out")
         config.trainer.default_root_dir = str(self._run_folder())
@@ -187,6 +184,14 @@ class ZooCLI(LightningCLI):
             if config.ckpt_path == "last":
                 config.ckpt_path = str(checkpoint_path(config.trainer.default_root_dir))
             check_architecture(config.model.config, load_checkpoint(config.ckpt_path), config.ckpt_path)
+
+    def _resolve_model(self) -> None:
+        """Puts the whole model mapping in the place of file and overrides, and checks what a file alone can get wrong."""
+        config = self.config[self.subcommand]
+        config.model.config = zoo.load_config(config.model.config, config.model.overrides or ()).to_mapping()
+        config.model.overrides = None
+        if self.subcommand == "fit" and config.trainer.max_steps < 1:
+            raise UserError(f"trainer.max_steps: {config.trainer.max_steps} is not a length of a run; give 1 or more")
 
     def _run_folder(self) -> Path:
         """The folder asked for, or runs/NAME: with `last` the newest that holds a run, else the first free one."""
@@ -263,6 +268,37 @@ class ZooCLI(LightningCLI):
         _say(f"report: {write_report(folder, self.model.config, self.model.model.num_params(), held_out)}")
 
 
+class _CheckOnly(ZooCLI):
+    """Parses a training file for `fit` and makes what is cheap to make, so that every number is checked; trains nothing,
+    writes nothing, reads no data."""
+
+    def before_instantiate_classes(self) -> None:
+        self._resolve_model()
+
+    def instantiate_classes(self) -> None:
+        self.parser.instantiate_classes(self.config)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def check_train_file(path: str) -> zoo.ZooConfig:
+    """The model of a training file, everything in the file checked.
+
+    Raises:
+        UserError: the file, the field, the value and the remedy.
+    """
+    _quieten()
+    arguments = ["fit", "--config", path]
+    try:
+        check_config_files(arguments)
+        cli = _CheckOnly(arguments)
+    except (_ParserError, ConfigError, DataError, UserError, MisconfigurationException) as error:
+        line = " ".join(str(error).split())
+        raise UserError(line if line.startswith(f"{path}: ") else f"{path}: {line}") from error
+    return zoo.load_config(cli.config.fit.model.config)
+
+
 def check_config_files(argv: Sequence[str]) -> None:
     """Reads every --config file once with the project's own loader, whose errors name the file and the line.
 
@@ -288,6 +324,7 @@ def _quieten() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()  # "Writing model shards"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for module in (r"lightning\.", r"torch\.", r"jsonargparse"):
         warnings.filterwarnings("ignore", module=module)
 

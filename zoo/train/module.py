@@ -156,9 +156,8 @@ class ZooModule(LightningModule):
 
     def on_train_batch_end(self, *args: Any) -> None:
         if self.trainer.global_step >= self.trainer.max_steps:
-            self.trainer.should_stop = (
-                True  # makes Lightning validate after the last step, wherever the interval stands
-            )
+            # Makes Lightning validate after the last step, wherever the interval stands.
+            self.trainer.should_stop = True
         self.batch_requested_at = time.perf_counter()
 
     def on_validation_end(self) -> None:

@@ -42,7 +42,7 @@ def linear_attention(
         k: keys, like q.
         v: values `[batch, length, heads, value_dim]`; groups divides heads, and consecutive heads share q and k.
         log_decay: g, the natural logarithm of the decay: `[heads]`, `[batch, length, heads]`, or None for no decay.
-            A value above 0 counts as 0.
+            A value above 0 counts as 0; -inf forgets everything before its token.
         scale: a factor on the output.
         initial_state: the state to continue from, `[batch, heads, key_dim, value_dim]` (`[n, ...]` with `cu_seqlens`);
             None is zeros.
@@ -82,7 +82,11 @@ def linear_attention(
 
     double = torch.float64 in (q.dtype, k.dtype, v.dtype)
     state_dtype = torch.float64 if double else torch.float32
-    log_decay = v.new_zeros(heads, dtype=state_dtype) if log_decay is None else log_decay.to(state_dtype).clamp(max=0)
+    if log_decay is None:
+        log_decay = v.new_zeros(heads, dtype=state_dtype)
+    else:
+        # exp(-1000) is 0 even in float64; a finite bound spares the backends -inf - -inf.
+        log_decay = log_decay.to(state_dtype).clamp(-1000.0, 0.0)
     if initial_state is None:
         initial_state = v.new_zeros(state_shape, dtype=state_dtype)
     out, state = dispatch.run(

@@ -46,7 +46,7 @@ class Progress(ProgressBar):
         if self._enabled and self._is_terminal():
             self._bar = tqdm(
                 total=trainer.max_steps, initial=trainer.global_step, desc="training", unit="step", dynamic_ncols=True,
-                bar_format="{desc}: {n_fmt}/{total_fmt} |{bar:20}| {elapsed}<{remaining}  {postfix}",
+                bar_format="{desc}: {n_fmt}/{total_fmt} |{bar:20}| {elapsed}<{remaining}{postfix}",
             )  # fmt: skip
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -72,6 +72,8 @@ class Progress(ProgressBar):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
+        if isinstance(exception, KeyboardInterrupt) and self._enabled:
+            self._line(f"stopped after step {trainer.global_step}; --ckpt_path last goes on from the last checkpoint")
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Prints above the bar."""
