@@ -80,7 +80,9 @@ def test_arrows_point_one_way(path: Path) -> None:
     for module, typing_only in imports_of(path):
         if module.split(".")[0] == "zoo":
             there = room_of(module)
-            allowed = there == here or there in MAY_IMPORT[here] or (typing_only and (here, there) in TYPE_CHECKING_ONLY)
+            allowed = (
+                there == here or there in MAY_IMPORT[here] or (typing_only and (here, there) in TYPE_CHECKING_ONLY)
+            )
             assert allowed, f"{path.name} ({here or 'zoo'}) must not import {module}"
 
 
@@ -108,6 +110,7 @@ def test_the_arrows_have_no_circle() -> None:
 
 def test_importing_zoo_is_light() -> None:
     """Neither the training loop, nor the data library, nor a plotting library comes with the models."""
-    script = "import sys, zoo; print([m for m in ('lightning', 'datasets', 'matplotlib', 'jsonargparse') if m in sys.modules])"
+    heavy = ("lightning", "datasets", "matplotlib", "jsonargparse")
+    script = f"import sys, zoo; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

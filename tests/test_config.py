@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (a case of a table is one line)
 """The model file: what a good one means, and the one line that every mistake gets."""
 
 from __future__ import annotations
@@ -238,7 +239,9 @@ FILE_MISTAKES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "message"), [case[1:] for case in FILE_MISTAKES], ids=[case[0] for case in FILE_MISTAKES])
+@pytest.mark.parametrize(
+    ("text", "message"), [case[1:] for case in FILE_MISTAKES], ids=[case[0] for case in FILE_MISTAKES]
+)
 def test_mistake_in_a_file(tmp_path: Path, text: str | bytes, message: str) -> None:
     path = tmp_path / "model.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -584,7 +587,11 @@ def test_a_plugin_adds_a_kind(tmp_path: Path) -> None:
             print(error)
     """)
     done = subprocess.run(
-        [sys.executable, "-c", script], env=installed_plugin(tmp_path, PLUGIN), capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        env=installed_plugin(tmp_path, PLUGIN),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["4 (1, 5, 16)", "blocks.mean.mixer.width: must be a whole number >= 1, got 0"]

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (a case of a table is one line)
 """Dataclasses from plain mappings: what is checked, and that nothing is converted."""
 
 from __future__ import annotations

@@ -173,7 +173,14 @@ class ZooConfig(PreTrainedConfig):
 # What transformers itself may hand to a configuration beside our fields.
 _TRANSFORMERS_KEYS = (
     {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    | {"torch_dtype", "num_labels", "name_or_path", "output_attentions", "attn_implementation", "experts_implementation"}
+    | {
+        "torch_dtype",
+        "num_labels",
+        "name_or_path",
+        "output_attentions",
+        "attn_implementation",
+        "experts_implementation",
+    }
     | {"transformers_version", "architectures", "dtype", "model_type", "auto_map", "use_cache"}
     | set(GenerationConfig().to_dict())
 )
@@ -213,7 +220,7 @@ def _copy(value: Any) -> Any:
 
 
 def _own_fields(mapping: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a model file. One that says its model_type is a config.json, with transformers' keys beside ours."""
+    """The fields of a model file. One with a model_type is a config.json, and has transformers' keys beside ours."""
     model_type = mapping.get("model_type", "zoo")
     if model_type != "zoo":
         raise FieldError("model_type", f"must be 'zoo', got {shown(model_type)}")

@@ -44,7 +44,9 @@ def _tokens(pattern: str) -> list[_Token]:
             column = position + len(pattern[position:]) - len(pattern[position:].lstrip())
             raise PatternError(pattern, column, f"unexpected {pattern[column]!r}; use block names, *, ( and )")
         text = match[match.lastgroup]
-        tokens.append(_Token(match.lastgroup if match.lastgroup != "mark" else text, text, match.start(match.lastgroup)))
+        tokens.append(
+            _Token(match.lastgroup if match.lastgroup != "mark" else text, text, match.start(match.lastgroup))
+        )
         position = match.end()
     tokens.append(_Token("end", "", end))
     return tokens

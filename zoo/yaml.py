@@ -27,7 +27,9 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         # Only a tag that was written out stands in the event; the ones that follow from the text come later.
         if getattr(event, "tag", None) is not None:
-            raise YamlError(f"line {event.start_mark.line + 1}: {event.tag!r} is a tag; remove it, a file holds plain data")
+            raise YamlError(
+                f"line {event.start_mark.line + 1}: {event.tag!r} is a tag; remove it, a file holds plain data"
+            )
         return super().compose_node(parent, index)
 
 
@@ -104,7 +106,9 @@ def load_text(text: str) -> Any:
     except YamlError:
         raise
     except (ValueError, OverflowError):  # an escape beyond Unicode, a version of thousands of digits
-        raise YamlError(f"line {loader.get_mark().line + 1}: a number is out of range; this is not valid YAML") from None
+        raise YamlError(
+            f"line {loader.get_mark().line + 1}: a number is out of range; this is not valid YAML"
+        ) from None
     finally:
         loader.dispose()
 
@@ -135,14 +139,18 @@ def _check(root: yaml.Node, loader: _Loader) -> None:
             for key, value in node.value:
                 place = key.start_mark.line + 1
                 if key.tag == "tag:yaml.org,2002:merge":
-                    raise YamlError(f"line {place}: merge keys (<<) are not allowed; write the fields out or use defaults")
+                    raise YamlError(
+                        f"line {place}: merge keys (<<) are not allowed; write the fields out or use defaults"
+                    )
                 if not isinstance(key, yaml.ScalarNode):
                     raise YamlError(f"line {place}: a key must be a name, not a list or a mapping; write a name")
                 if key.tag != "tag:yaml.org,2002:str":
                     raise YamlError(f"line {place}: key {_cut(key.value)} is not a text; put quotes around it")
                 if key.value in keys:
                     first = keys[key.value]
-                    raise YamlError(f"line {place}: key {_cut(key.value)!r} stands twice (first on line {first}); remove one")
+                    raise YamlError(
+                        f"line {place}: key {_cut(key.value)!r} stands twice (first on line {first}); remove one"
+                    )
                 keys[key.value] = place
                 visit(key, depth + 1)
                 visit(value, depth + 1)

@@ -38,8 +38,10 @@ def config(pattern: str = "hybrid", **fields) -> dict:
 
 
 def model(pattern: str = "hybrid", seed: int = 0, **fields) -> ZooForCausalLM:
-    """In eval mode, every weight random."""
-    return perturb(build(config(pattern, **fields)), seed).eval()
+    """In eval mode, every weight random, the same for the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return perturb(build(config(pattern, **fields)), seed).eval()
 
 
 def tokens(batch: int, length: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:

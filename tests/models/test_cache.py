@@ -1,6 +1,7 @@
 """The cache of a whole model: continuing, choosing rows, resetting, and what it costs."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_no_past_is_copied_for_a_token():
     for token in ids.split(1, dim=1):
         net(token, past_key_values=cache)
         places.append(cache.layers[0]["keys"].data_ptr())
-    moves = sum(first != second for first, second in zip(places, places[1:], strict=False))
+    moves = sum(first != second for first, second in pairwise(places))
     assert moves <= 6  # 2, 4, ... 64
 
 
@@ -149,11 +150,9 @@ def test_mistakes_are_named():
     offsets = torch.tensor([0, 6], dtype=torch.int32)
     with pytest.raises(ValueError, match="pass use_cache=False"):
         net(ids, cu_seqlens=offsets, past_key_values=cache)
-    with pytest.raises(ValueError, match="attention_mask must be"):
-        net(ids, attention_mask=torch.ones(1, 9))
-    with pytest.raises(ValueError, match="attention_mask must be"):
-        net(ids, attention_mask=torch.ones(1, 9), past_key_values=cache)
-    with pytest.raises(ValueError, match="attention_mask must be"):
-        net(ids, attention_mask=torch.ones(1, 5))
-    with pytest.raises(ValueError, match=r"the cache holds 1 rows?, the input 2"):
+    for columns in (9, 5):
+        for past in (None, cache):
+            with pytest.raises(ValueError, match=r"attention_mask must be \[1, 6\]"):
+                net(ids, attention_mask=torch.ones(1, columns), past_key_values=past)
+    with pytest.raises(ValueError, match="the cache holds 1 rows, the input 2"):
         net(tokens(2, 6), past_key_values=cache)

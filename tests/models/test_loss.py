@@ -124,10 +124,10 @@ def test_logits_are_never_held(implementation, monkeypatch):
     small = {"kind": "mlp", "intermediate_size": 8}
     net = build({"vocab_size": vocab, "hidden_size": 8, "blocks": {"b": {"ffn": small}}, "pattern": "b"}).train()
     x, saved = tokens(1, length, vocab=vocab), []
-    with saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor):
-        with torch.profiler.profile(profile_memory=True) as profile:
-            out = net(x, labels=x)
-            out.loss.backward()
+    hooks = saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor)
+    with hooks, torch.profiler.profile(profile_memory=True) as profile:
+        out = net(x, labels=x)
+        out.loss.backward()
     assert out.logits is None
     assert max(saved) < length * vocab / 4
     largest = max(event.cpu_memory_usage for event in profile.events())

@@ -32,7 +32,9 @@ HEADER = ("layer", "block", "kind", "parameters", "FLOPs/token", "state")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("file", type=str, nargs="?", metavar="FILE", help="A model file, or the folder of a saved model.")
+    parser.add_argument(
+        "file", type=str, nargs="?", metavar="FILE", help="A model file, or the folder of a saved model."
+    )
     parser.add_argument("--length", type=length, default=4096, help="Tokens of a sequence: 4096, 128k, 1M.")
     parser.add_argument("--batch", type=Option(Size), default=1, help="Sequences in a training step.")
     parser.add_argument("--html", type=str, default=None, help="Write a page with a picture to this file as well.")
@@ -125,7 +127,8 @@ STYLE = """
 body{margin:0;background:#f5f6f9;color:#1c2430;font:16px/1.55 system-ui,sans-serif}
 main{max-width:62rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
 h1{font-size:1.7rem;margin:0}p{margin:.35rem 0;color:#64748b}
-section{background:#fff;border:1px solid #e6e9ef;border-radius:.7rem;padding:1.2rem 1.4rem;margin:1rem 0;overflow-x:auto}
+section{background:#fff;border:1px solid #e6e9ef;border-radius:.7rem}
+section{padding:1.2rem 1.4rem;margin:1rem 0;overflow-x:auto}
 svg{width:100%;height:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.35rem .7rem;text-align:left;white-space:nowrap;border-bottom:1px solid #e6e9ef}
 th{color:#64748b;font-weight:500}th:nth-child(n+4),td:nth-child(n+4){text-align:right}
@@ -148,7 +151,8 @@ def write_page(target: Path, source: Path, summary: Summary, batch: int) -> None
     name = html.escape(str(source))
     body = "".join(row(cells, "td") for cells in rows(summary))
     page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
         f"<title>{name}</title><style>{STYLE}</style></head><body><main><h1>{name}</h1>"
         f"<p><code>{html.escape(pattern)}</code></p><section>{layer_stack_svg(summary.config)}</section>"
         f"<section><table>{row(HEADER, 'th')}{body}</table></section>"
@@ -197,9 +201,14 @@ def fields(cls: type, prefix: str = "") -> Iterator[str]:
     explained = explanations(cls)
     hints = get_hints(cls)
     for field in dataclasses.fields(cls):
-        inner = [part for part in (hints[field.name], *getattr(hints[field.name], "__args__", ())) if dataclasses.is_dataclass(part)]
+        inner = [
+            part
+            for part in (hints[field.name], *getattr(hints[field.name], "__args__", ()))
+            if dataclasses.is_dataclass(part)
+        ]
         default = spelled(field)
-        yield f"{prefix + field.name:38}{expected(hints[field.name])}, {default}. {explained.get(field.name, '')}".rstrip()
+        line = f"{prefix + field.name:38}{expected(hints[field.name])}, {default}. {explained.get(field.name, '')}"
+        yield line.rstrip()
         for part in inner:
             yield from fields(part, f"{prefix}{field.name}.")
 

@@ -1,7 +1,7 @@
 """Continue a prompt with a saved model, printing the text as it comes.
 
-DIR is a folder that train.py exported or save_pretrained wrote: config.json, safetensors, tokenizer. Temperature 0 always
-takes the likeliest token.
+DIR is a folder that train.py exported or save_pretrained wrote: config.json, safetensors, tokenizer. Temperature 0
+always takes the likeliest token.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--prompt", type=str, required=True, help="The text to continue.")
     parser.add_argument("--max-new-tokens", type=Option(Size), default=200, help="Stop after so many tokens.")
     parser.add_argument("--temperature", type=Option(NonNegative), default=0.8, help="0 takes the likeliest token.")
-    parser.add_argument("--top-p", type=Option(Share), default=0.95, help="Sample from the likeliest tokens of this share.")
+    parser.add_argument(
+        "--top-p", type=Option(Share), default=0.95, help="Sample from the likeliest tokens of this share."
+    )
     parser.add_argument("--seed", type=Option(Count | None), default=None, help="The same seed gives the same text.")
     parser.add_argument("--stream", action=ActionYesNo, default=True, help="Print as it comes, or all at the end.")
 
@@ -118,7 +120,9 @@ def check_folder(folder: Path) -> None:
         raise CommandError(f"{folder}: is not a folder; give the folder of a saved model, such as runs/NAME/export")
     config = folder / "config.json"
     if not config.is_file():
-        raise CommandError(f"{folder}: holds no config.json; give the folder of a saved model, such as runs/NAME/export")
+        raise CommandError(
+            f"{folder}: holds no config.json; give the folder of a saved model, such as runs/NAME/export"
+        )
     try:
         model_type = json.loads(config.read_bytes()).get("model_type")
     except (ValueError, AttributeError, RecursionError):
@@ -149,7 +153,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, folder: Path) -> tor
     if not tokens:
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if start is None:
-            raise CommandError(f"--prompt: is empty, and the tokenizer of {folder} has no token to start with; give a text")
+            raise CommandError(
+                f"--prompt: is empty, and the tokenizer of {folder} has no token to start with; give a text"
+            )
         tokens = [start]
     return torch.tensor([tokens])
 

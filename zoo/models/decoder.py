@@ -34,12 +34,11 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.ffn_norm = norm(self.ffn is not None)
         self.ffn_second_norm = norm(self.ffn is not None and layer.residual.has_second_norm)
 
-    def forward(
-        self, x: Tensor, context: SequenceContext, state: State | None = None
-    ) -> tuple[Tensor, RouterStatistics | None]:
-        """`x` `[batch, length, hidden]` through the layer; the router's statistics where the ffn has a router."""
+    def forward(self, x: Tensor, context: SequenceContext, state: State | None = None) -> tuple[Tensor, ...]:
+        """`x` `[batch, length, hidden]` through the layer, then the fields of RouterStatistics where there is a router:
+        one flat tuple, as reentrant gradient checkpointing loses the gradients of anything nested."""
         if context.real_tokens is not None and context.real_tokens.numel() == 0:
-            return x, None  # a chunk of nothing but padding: no token to mix, and no state to move
+            return (x,)  # a chunk of nothing but padding: no token to mix, and no state to move
         statistics: RouterStatistics | None = None
         sublayers = []
         if (mixer := self.mixer) is not None:
@@ -56,4 +55,4 @@ class DecoderLayer(GradientCheckpointingLayer):
                 return y
 
             sublayers.append(Sublayer(False, self.ffn_norm, feed_forward, self.ffn_second_norm))
-        return self.residual(x, sublayers), statistics
+        return self.residual(x, sublayers), *(statistics or ())

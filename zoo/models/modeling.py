@@ -102,6 +102,16 @@ class ZooModel(ZooPreTrainedModel):
             past_key_values = self.new_cache(batch, x.device, x.dtype)
         if past_key_values is not None and cu_seqlens is not None:
             raise ValueError("packed documents (cu_seqlens) and a cache do not go together; pass use_cache=False")
+        if past_key_values is not None and self.gradient_checkpointing and self.training:
+            raise ValueError("gradient checkpointing would run the cache's states twice; pass use_cache=False")
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if past_key_values is not None and len(past_key_values.seen) != batch:
+            raise ValueError(f"the cache holds {len(past_key_values.seen)} rows, the input {batch}")
+        if attention_mask is not None and attention_mask.shape not in ((batch, length), (batch, past + length)):
+            got = list(attention_mask.shape)
+            raise ValueError(
+                f"attention_mask must be {[batch, length]}, or {[batch, past + length]} with the past, got {got}"
+            )
         context = SequenceContext.of(
             x,
             position_ids=position_ids,
@@ -113,8 +123,8 @@ class ZooModel(ZooPreTrainedModel):
         states = [None] * len(self.layers) if past_key_values is None else past_key_values.layers
         hidden_states, statistics = [x], []
         for layer, state in zip(self.layers, states, strict=True):
-            x, router = layer(x, context, state)
-            statistics.append(router)
+            x, *router = layer(x, context, state)
+            statistics.append(RouterStatistics(*router) if router else None)
             if output_hidden_states:
                 hidden_states.append(x)
         x = self.norm(x)

@@ -39,7 +39,8 @@ def layer_stack_svg(config: ZooConfig) -> str:
         width = step - gap
         shapes.append(
             f"<g><title>{html.escape(title)}</title>"
-            f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{MIXER_HEIGHT}" rx="3" fill="{colours[layer.mixer.kind]}"/>'
+            f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{MIXER_HEIGHT}" rx="3" '
+            f'fill="{colours[layer.mixer.kind]}"/>'
             f'<rect x="{x:.1f}" y="{y + MIXER_HEIGHT + 4}" width="{width:.1f}" height="{FFN_HEIGHT}" rx="3" '
             f'fill="{colours[layer.ffn.kind]}"/></g>'
         )

@@ -186,7 +186,7 @@ class ZooCLI(LightningCLI):
             check_architecture(config.model.config, load_checkpoint(config.ckpt_path), config.ckpt_path)
 
     def _resolve_model(self) -> None:
-        """Puts the whole model mapping in the place of file and overrides, and checks what a file alone can get wrong."""
+        """Puts the whole model mapping in the place of file and overrides; checks what a file alone can get wrong."""
         config = self.config[self.subcommand]
         config.model.config = zoo.load_config(config.model.config, config.model.overrides or ()).to_mapping()
         config.model.overrides = None
@@ -269,8 +269,8 @@ class ZooCLI(LightningCLI):
 
 
 class _CheckOnly(ZooCLI):
-    """Parses a training file for `fit` and makes what is cheap to make, so that every number is checked; trains nothing,
-    writes nothing, reads no data."""
+    """Parses a training file for `fit` and makes what is cheap to make, so that every number is checked; trains
+    nothing, writes nothing, reads no data."""
 
     def before_instantiate_classes(self) -> None:
         self._resolve_model()

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from tests.cli.helpers import ENVIRONMENT, MODEL, ZOO, fails, save_model
+from zoo.cli import main
+from zoo.cli.generate import TextPrinter
+from zoo.data.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    save_model(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def generated(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    assert main(["generate", str(folder), "--prompt", "def f", "--max-new-tokens", "40", *options]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def greedy_text(model: zoo.ZooForCausalLM, prompt: str, num_tokens: int) -> str:
+    """The likeliest continuation, by the model alone: whole forward passes, no cache, no generate()."""
+    tokenizer = load_tokenizer("bytes")
+    tokens = tokenizer(prompt, return_tensors="pt").input_ids
+    start = tokens.shape[1]
+    with torch.no_grad():
+        for _ in range(num_tokens):
+            token = model(tokens).logits[:, -1].argmax(-1, keepdim=True)
+            if token.item() == tokenizer.eos_token_id:
+                break
+            tokens = torch.cat([tokens, token], 1)
+    return prompt + tokenizer.decode(tokens[0, start:], skip_special_tokens=True) + "\n"
+
+
+def test_temperature_0_takes_the_likeliest_token(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generated(saved, capsys, "--temperature", "0") == greedy_text(save_model(tmp_path), "def f", 40)
+
+
+def test_streamed_or_not_the_text_is_the_same(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options in (["--temperature", "0"], ["--seed", "3"]):
+        assert generated(saved, capsys, *options, "--stream") == generated(saved, capsys, *options, "--no_stream")
+
+
+def test_seeds(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, again, other = (generated(saved, capsys, "--seed", seed) for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_a_tiny_top_p_is_greedy(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    greedy = generated(saved, capsys, "--temperature", "0")
+    assert generated(saved, capsys, "--top-p", "0.0001", "--temperature", "2") == greedy
+    assert generated(saved, capsys, "--top-p", "1", "--temperature", "2", "--seed", "0") != greedy
+
+
+def test_an_empty_prompt_starts_a_text(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(saved), "--prompt", "", "--max-new-tokens", "3", "--temperature", "0"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_text_in_a_real_process(saved: Path) -> None:
+    command = [*ZOO, "generate", str(saved), "--prompt", "é", "--max-new-tokens", "5", "--temperature", "0"]
+    done = subprocess.run(command, capture_output=True, env=ENVIRONMENT, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode().startswith("é")
+
+
+class Writes(io.StringIO):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.parts.append(text)
+        return len(text)
+
+
+def streamed(data: bytes) -> list[str]:
+    """What is written, piece by piece, when the model says these bytes."""
+    out = Writes()
+    printer = TextPrinter(load_tokenizer("bytes"), out)
+    printer.put(torch.tensor([[195, 169, 65]]))  # the prompt
+    for byte in data:
+        printer.put(torch.tensor([byte]))
+    printer.end()
+    return out.parts[:-1]
+
+
+def test_no_half_character_is_written() -> None:
+    text = "naïve – 中文 😀 e\u0301 x"
+    parts = streamed(text.encode())
+    assert parts == list(text)  # every character as soon as it is whole
+
+
+def test_bytes_that_are_no_text_come_out_as_replacements() -> None:
+    assert "".join(streamed(b"ab\xff\xfecd")) == "ab��cd"
+    assert "".join(streamed(b"ab\xe4\xb8")) == "ab�"
+
+
+def test_folders_that_are_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hint = "give the folder of a saved model, such as runs/NAME/export"
+    missing = tmp_path / "missing"
+    assert fails(["generate", str(missing), "--prompt", "x"], capsys) == f"{missing}: is not a folder; {hint}"
+    assert fails(["generate", str(tmp_path), "--prompt", "x"], capsys) == f"{tmp_path}: holds no config.json; {hint}"
+
+
+def failure(folder: Path, capsys: pytest.CaptureFixture[str], prompt: str = "x") -> str:
+    return fails(["generate", str(folder), "--prompt", prompt], capsys).removeprefix(str(folder))
+
+
+def test_a_config_that_is_wrong(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text("{")
+    assert failure(folder, capsys) == "/config.json: is not the JSON of a model; save the model again"
+    path.write_text("[]")
+    assert failure(folder, capsys) == "/config.json: is not the JSON of a model; save the model again"
+    path.write_text(json.dumps(config | {"pattern": "nothing"}))
+    assert failure(folder, capsys) == "/config.json: pattern: unknown block 'nothing'; known: lightning, softmax"
+    path.write_text(json.dumps(config | {"model_type": "no_such_model"}))
+    assert failure(folder, capsys).startswith(": the ")
+
+
+def test_no_weights_or_pickled_ones(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "model.safetensors").unlink()
+    assert failure(folder, capsys) == ": holds no weights (model.safetensors); save the model again"
+    torch.save({}, folder / "pytorch_model.bin")
+    assert failure(folder, capsys) == ": holds weights as pickle, which may run code; save them as safetensors"
+
+
+def test_truncated_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    for length in (0, 5, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        message = failure(folder, capsys)
+        assert message.startswith(": the model cannot be loaded (") and message.endswith("); save it again")
+
+
+def test_weights_of_another_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"pattern": "lightning*2 softmax*2"}))
+    assert failure(folder, capsys).startswith(
+        ": the weights do not belong to config.json (missing keys: model.layers.3."
+    )
+    path.write_text(json.dumps(config | {"pattern": "lightning*2"}))
+    assert failure(folder, capsys).startswith(
+        ": the weights do not belong to config.json (unexpected keys: model.layers.2."
+    )
+    path.write_text(json.dumps(config | {"hidden_size": 64}))
+    assert failure(folder, capsys).startswith(": the ")
+
+
+def test_the_tokenizer(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(["generate", str(folder), "--prompt", "\udcff"], capsys).startswith("--prompt: is not UTF-8 text")
+    (folder / "tokenizer.json").write_text("{}")
+    assert failure(folder, capsys).startswith(": the tokenizer cannot be loaded (")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert failure(folder, capsys) == ": holds no tokenizer (tokenizer.json); save the model's tokenizer there"
+
+
+def test_a_vocabulary_that_is_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path, vocab_size=200)
+    assert failure(tmp_path, capsys).startswith(": the tokenizer has 258 tokens and the model 200;")
+    assert MODEL["vocab_size"] == 258
