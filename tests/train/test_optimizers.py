@@ -13,6 +13,8 @@ OPTIONS = {"learning_rate": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95), "mo
 
 
 class EverySort(nn.Module):
+    float32 = ("A_log",)
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -22,7 +24,6 @@ class EverySort(nn.Module):
         self.experts = nn.Parameter(torch.randn(3, 32, 48) / 7)
         self.conv = nn.Conv1d(32, 32, 4, groups=32)
         self.A_log = nn.Parameter(torch.randn(32, 16))
-        self.A_log._no_weight_decay = True
         self.head = nn.Linear(32, 40, bias=False)
 
     def get_output_embeddings(self) -> nn.Module:

@@ -9,7 +9,7 @@ import pytest
 
 import zoo
 from tests.train.helpers import MODEL
-from zoo.train.report import layer_stack, series, smooth, write_report, xz_bits_per_byte
+from zoo.train.report import series, smooth, write_report, xz_bits_per_byte
 
 HELD_OUT = b"def add(a, b):\n    return a + b\n" * 40
 
@@ -66,9 +66,8 @@ def test_shows_the_run(run_folder):
         assert figure in text, figure
     assert "<b>late</b> &" in text and "early" in text  # shown as text, not as markup
     assert "seed_everything: 7" in text
-    assert sum(tag == "svg" for tag, _ in page.seen) == 3
-    cells = [attributes["title"] for tag, attributes in page.seen if tag == "div" and "title" in attributes]
-    assert cells == ["layer 0: lightning, lightning + moe", "layer 1: softmax, attention + mlp"]
+    assert sum(tag == "svg" for tag, _ in page.seen) == 4
+    assert "layer 0: lightning, lightning + moe" in text and "layer 1: softmax, attention + mlp" in text
 
 
 def test_needs_nothing_but_itself(run_folder):
@@ -85,7 +84,7 @@ def test_a_run_that_was_never_validated_still_has_a_page(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,train/loss\n1,5.5\n")
     page = parse(write_report(tmp_path, zoo.load_config(MODEL), 10, b""))
     assert "xz" not in " ".join(page.text)
-    assert sum(tag == "svg" for tag, _ in page.seen) == 1
+    assert sum(tag == "svg" for tag, _ in page.seen) == 2
 
 
 def test_the_same_files_give_the_same_page(run_folder):
@@ -93,14 +92,6 @@ def test_the_same_files_give_the_same_page(run_folder):
     first = write_report(run_folder, config, 1, HELD_OUT)
     content = first.read_text()
     assert write_report(run_folder, config, 1, HELD_OUT).read_text() == content
-
-
-def test_a_kind_has_one_colour():
-    config = zoo.load_config(MODEL | {"pattern": "(lightning*3 softmax)*2"})
-    colours = re.findall(r'class="mixer" style="background:(#\w+)"', layer_stack(config))
-    assert len(colours) == 8
-    assert set(colours[:3] + colours[4:7]) == {colours[0]}
-    assert colours[3] == colours[7] != colours[0]
 
 
 def test_xz_of_noise_is_eight_bits():

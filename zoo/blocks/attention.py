@@ -9,7 +9,7 @@ B batch, T length, H query heads, K key/value heads, D head_dim. Each of the K h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -46,7 +46,7 @@ class AttentionConfig(MixerConfig):
     num_heads: Size
     num_kv_heads: Size | None = None
     head_dim: Size | None = None
-    rope: RopeConfig | None = RopeConfig()
+    rope: RopeConfig | None = field(default_factory=RopeConfig)
     window: Size | None = None
     num_sinks: Count = 0
     qk_norm: bool = False

@@ -47,7 +47,11 @@ class FeedForwardConfig:
 
 class Float32Module(nn.Module):
     """A module some of whose own tensors stay float32 when the model is cast: decays, rates, angles. In bfloat16 a
-    slow decay would drift by percents over a few thousand tokens."""
+    slow decay would drift by percents over a few thousand tokens.
+
+    Optimisers spare the same ones from weight decay: they are rates, not weights. The class names them because what is
+    set on a parameter itself is lost on its way from the meta device.
+    """
 
     float32: ClassVar[tuple[str, ...]] = ()
 
@@ -59,12 +63,6 @@ class Float32Module(nn.Module):
             if tensor.dtype != before.dtype:
                 tensor.data = before.to(tensor.device)
         return self
-
-
-def exempt_from_weight_decay(*parameters: nn.Parameter) -> None:
-    """Mark parameters that weight decay would harm: rates, skips and step sizes rather than weights."""
-    for parameter in parameters:
-        parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
 
 class Part(Float32Module):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from zoo import ops
-from zoo.blocks.base import Mixer, MixerConfig, exempt_from_weight_decay
+from zoo.blocks.base import Mixer, MixerConfig
 from zoo.blocks.context import SequenceContext
 from zoo.blocks.linear import DepthwiseConv, Linear, in_projection, out_projection
 from zoo.blocks.norm import Norm, NormConfig
@@ -84,7 +84,6 @@ class Mamba(Mixer):
         self.dt_bias = nn.Parameter(torch.empty(self.channels, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(self.channels, self.state_size, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(self.channels, dtype=torch.float32))
-        exempt_from_weight_decay(self.dt_bias, self.A_log, self.D)
         self.out_proj = out_projection(model, self.channels)
         self.reset_parameters()
 

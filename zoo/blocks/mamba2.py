@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from zoo import ops
-from zoo.blocks.base import Mixer, MixerConfig, exempt_from_weight_decay
+from zoo.blocks.base import Mixer, MixerConfig
 from zoo.blocks.context import SequenceContext
 from zoo.blocks.linear import DepthwiseConv, in_projection, out_projection
 from zoo.blocks.mamba import initial_dt_bias
@@ -81,7 +81,6 @@ class Mamba2(Mixer):
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
-        exempt_from_weight_decay(self.dt_bias, self.A_log, self.D)
         self.norm_weight = nn.Parameter(torch.empty(self.inner))
         self.out_proj = out_projection(model, self.inner)
         self.reset_parameters()

@@ -1,4 +1,4 @@
-"""Mixture of experts (Shazeer et al. 2017, arXiv:1701.06538; Jiang et al. 2024, arXiv:2401.04088, section 2.1), dropless.
+"""Mixture of experts, dropless (Shazeer et al. 2017, arXiv:1701.06538; Mixtral, arXiv:2401.04088, section 2.1).
 
     p = softmax(W_r x)  in float32;   T = the top_k largest of p
     y = sum_{e in T} w_e expert_e(x) + shared(x)      w_e = p_e, or p_e / sum_T p with renormalize

@@ -1,15 +1,14 @@
 """Which parameter gets which optimiser, and which is decayed.
 
 Weight decay applies to matrices only. Left out are: vectors and scalars (norms, biases, D, dt_bias, decays, gates);
-what a module lists in its class attribute `float32` (rates and decays: A_log of Mamba-1 is a matrix) or marks with
-`parameter._no_weight_decay = True` (that mark does not survive a model's way from the meta device); and embeddings
+what a module lists in its class attribute `float32` (rates and decays: A_log of Mamba-1 is a matrix); and embeddings
 (their rows see a gradient only when their token occurs, so decay would erase rare tokens; OLMo 2, arXiv:2501.00656,
 section 3, reports that decaying them makes training less stable).
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; at scale Liu et al. 2025, arXiv:2502.16982)
 replaces the momentum of a hidden matrix by its nearest semi-orthogonal matrix. Expert weights [num_experts, out, in]
 hold most of a mixture's parameters and are num_experts separate matrices, so each is orthogonalised alone, through a
-view. AdamW keeps embeddings, the output head, vectors, marked parameters, and matrices thinner than `MUON_MIN_SIDE`
+view. AdamW keeps embeddings, the output head, vectors, rates, and matrices thinner than `MUON_MIN_SIDE`
 (depthwise convolutions, small routers, per-head gates), where orthogonalising says nothing. The update is scaled to
 AdamW's usual root mean square (`match_rms_adamw`), so one learning rate and one weight decay serve both.
 """
@@ -35,8 +34,7 @@ def _embedding_ids(model: nn.Module) -> set[int]:
 
 def _rate_ids(model: nn.Module) -> set[int]:
     """Parameters that their module declares to be rates rather than weights."""
-    listed = {id(getattr(module, name)) for module in model.modules() for name in getattr(module, "float32", ())}
-    return listed | {id(p) for p in model.parameters() if getattr(p, "_no_weight_decay", False)}
+    return {id(getattr(module, name)) for module in model.modules() for name in getattr(module, "float32", ())}
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:

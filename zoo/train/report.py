@@ -15,6 +15,7 @@ import matplotlib
 from matplotlib import pyplot as plt
 
 from zoo.config import ZooConfig
+from zoo.models.picture import layer_stack_svg
 from zoo.train.callbacks.samples import read_samples
 from zoo.train.logger import FILE_NAME, read_metrics
 
@@ -24,9 +25,6 @@ matplotlib.use("Agg")  # no window, whatever display there is
 
 INK, SOFT, GRID = "#1c2430", "#64748b", "#e6e9ef"
 BLUE, ORANGE = "#2f6fde", "#e07a2c"
-# One colour per kind, in order of appearance; mixers and feed-forwards draw from two scales that do not meet.
-MIXER_COLOURS = ("#2f6fde", "#e07a2c", "#2a9d78", "#b04bc9", "#c73b55", "#6b7fd7", "#8a6d3b", "#3aa6c9")
-FFN_COLOURS = ("#c9d3e3", "#f3d3b3", "#bfe3d4", "#e3c7ec")
 XZ_LIMIT = 20_000_000
 
 STYLE = """
@@ -40,11 +38,6 @@ p{margin:.35rem 0}.soft{color:#64748b}
 .card b{display:block;font-size:1.65rem;font-variant-numeric:tabular-nums;letter-spacing:-.02em}
 .card span{color:#64748b;font-size:.86rem}
 section{padding:1.2rem 1.4rem;margin:.9rem 0;overflow-x:auto}section svg{width:100%;height:auto}
-.stack{display:flex;gap:3px;align-items:stretch}.stack div{flex:1 1 0;min-width:.45rem}
-.stack i{display:block;border-radius:.2rem;margin:2px 0}.mixer{height:3.4rem}.ffn{height:2rem}
-.end{writing-mode:vertical-rl;transform:rotate(180deg);text-align:center;font-size:.78rem;color:#64748b;padding:0 .2rem}
-.legend{margin:.8rem 0 0;font-size:.88rem}.legend span{margin-right:1.2rem;white-space:nowrap}
-.legend i{display:inline-block;width:.8rem;height:.8rem;border-radius:.2rem;margin-right:.4rem;vertical-align:-.05rem}
 pre{background:#f5f6f9;border-radius:.5rem;padding:.8rem 1rem;white-space:pre-wrap;overflow-wrap:anywhere;
 font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;margin:.4rem 0}
 pre em{font-style:normal;color:#64748b}summary{cursor:pointer}details{margin:.3rem 0}
@@ -123,30 +116,6 @@ def _speed_picture(rows: Sequence[Row]) -> str:
     return _svg(figure, "training speed by step")
 
 
-def layer_stack(config: ZooConfig) -> str:
-    """The layers from the embedding (left) to the head (right): mixers above, feed-forwards below."""
-    layers = config.layers
-    mixers = {
-        kind: MIXER_COLOURS[i % len(MIXER_COLOURS)]
-        for i, kind in enumerate(dict.fromkeys(x.mixer.kind for x in layers))
-    }
-    ffns = {kind: FFN_COLOURS[i % len(FFN_COLOURS)] for i, kind in enumerate(dict.fromkeys(x.ffn.kind for x in layers))}
-    cells = "".join(
-        f'<div title="layer {i}: {html.escape(x.name)}, {html.escape(x.mixer.kind)} + {html.escape(x.ffn.kind)}">'
-        f'<i class="mixer" style="background:{mixers[x.mixer.kind]}"></i>'
-        f'<i class="ffn" style="background:{ffns[x.ffn.kind]}"></i></div>'
-        for i, x in enumerate(layers)
-    )
-    named = [("mixer", kind, colour) for kind, colour in mixers.items()] + [("ffn", k, c) for k, c in ffns.items()]
-    legend = "".join(
-        f'<span><i style="background:{c}"></i>{html.escape(kind)} ({role})</span>' for role, kind, c in named
-    )
-    return (
-        f'<div class="stack"><span class="end">embedding</span>{cells}<span class="end">head</span></div>'
-        f'<p class="legend">{legend}</p>'
-    )
-
-
 def _cards(figures: Sequence[tuple[str, str]]) -> str:
     return "".join(
         f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>'
@@ -194,7 +163,7 @@ def write_report(run_folder: Path, config: ZooConfig, num_params: int, held_out:
         figures.append((f"{sorted(mfu)[len(mfu) // 2]:.1%}", "of the measured matmul peak (MFU)"))
 
     pattern = config.pattern if isinstance(config.pattern, str) else " ".join(config.pattern)
-    sections = [("Layers", f'<p class="soft">{html.escape(pattern)}</p>{layer_stack(config)}')]
+    sections = [("Layers", f'<p class="soft">{html.escape(pattern)}</p>{layer_stack_svg(config)}')]
     if losses:
         sections.append(("Loss", _loss_picture(rows)))
     if bits:
