@@ -11,14 +11,17 @@ import random
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from zoo import yaml
+from zoo.blocks import MixerConfig, kinds, register
 from zoo.config import FIELDS, ConfigError, ZooConfig, load_config
 
 GOOD = """
@@ -611,3 +614,17 @@ def test_a_broken_plugin_is_one_line(tmp_path: Path) -> None:
         "configs/models/mamba2-tiny.yaml: blocks.mamba2.mixer.kind: the plugin zoo_mean:register cannot be loaded "
         "(No module named 'no_such_package'); fix or uninstall it\n"
     )
+
+
+def test_a_kind_whose_fields_cannot_be_checked_is_refused() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MixerConfig):
+        sizes: tuple[int, int] = (1, 2)
+
+    with pytest.raises(TypeError, match=r"^tuple\[int, int\] cannot be checked; use int"):
+        register("sizes", Config, torch.nn.Identity)
+    with pytest.raises(TypeError, match=r"^str must be a dataclass derived from MixerConfig or FeedForwardConfig$"):
+        register("sizes", str, torch.nn.Identity)
+    with pytest.raises(ValueError, match=r"^mixer kind 'mamba' is taken by Mamba$"):
+        register("mamba", MixerConfig, torch.nn.Identity)
+    assert "sizes" not in [kind.name for kind in kinds()]

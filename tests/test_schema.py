@@ -85,6 +85,9 @@ def test_expected_names_every_type_a_field_may_have() -> None:
     assert expected(Size | None) == "a whole number >= 1 or null"
     assert expected(bool) == "true or false"
     assert expected(dict) == "a mapping"
+    for annotation in (tuple, dict[str, int], list[tuple], complex | None):
+        with pytest.raises(TypeError, match="cannot be checked; use int, float, bool, str, dict or a dataclass"):
+            expected(annotation)
 
 
 def test_values_are_shown_as_yaml_spells_them_on_one_line() -> None:

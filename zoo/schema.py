@@ -67,7 +67,11 @@ def nearest(key: object, known: Iterable[str]) -> str:
 
 
 def expected(annotation: Any) -> str:
-    """An annotation in words: `a whole number >= 1`."""
+    """An annotation in words: `a whole number >= 1`.
+
+    Raises:
+        TypeError: check() has no rule for it.
+    """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         bounds = [
@@ -85,8 +89,10 @@ def expected(annotation: Any) -> str:
         )
     if origin is list:
         return f"a list, each entry {expected(arguments[0])}"
-    if origin is dict or dataclasses.is_dataclass(annotation):
+    if dataclasses.is_dataclass(annotation):
         return "a mapping"
+    if annotation not in _NAMES:
+        raise TypeError(f"{annotation} cannot be checked; use {', '.join(t.__name__ for t in _NAMES)} or a dataclass")
     return _NAMES[annotation]
 
 
@@ -141,7 +147,7 @@ def check(annotation: Any, value: Any, path: str) -> Any:
     if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
         quoted = annotation in (int, float) and isinstance(value, str) and _NUMBER.fullmatch(value)
         raise FieldError(path, f"{wrong.problem}; remove the quotes") if quoted else wrong
-    if False:
+    if annotation is float and not math.isfinite(value):
         raise FieldError(path, f"must be a finite number, got {value}")
     return value
 

@@ -14,7 +14,7 @@ from zoo.cli import main
 from zoo.data.tokenizer import load_tokenizer
 
 ZOO = [sys.executable, "-c", "import sys; from zoo.cli import main; sys.exit(main())"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"} | {"OMP_NUM_THREADS": "1"}
 
 MODEL = {
     "vocab_size": 258,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 import zoo
 from tests.cli.helpers import ENVIRONMENT, MODEL, ZOO, fails, save_model
@@ -114,6 +116,17 @@ def test_no_half_character_is_written() -> None:
 def test_bytes_that_are_no_text_come_out_as_replacements() -> None:
     assert "".join(streamed(b"ab\xff\xfecd")) == "ab��cd"
     assert "".join(streamed(b"ab\xe4\xb8")) == "ab�"
+
+
+def test_words_of_a_tokenizer_that_drops_the_first_space() -> None:
+    backend = Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1, "three": 2}, unk_token="three"))
+    backend.decoder = decoders.Metaspace()
+    out = Writes()
+    printer = TextPrinter(PreTrainedTokenizerFast(tokenizer_object=backend), out)
+    for tokens in ([0], [1], [2], [0], [1]):
+        printer.put(torch.tensor(tokens))
+    printer.end()
+    assert "".join(out.parts) == " twothree one two\n"
 
 
 def test_folders_that_are_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

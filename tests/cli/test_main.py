@@ -54,7 +54,10 @@ def test_a_mistake_in_a_real_process() -> None:
 
 def test_a_closed_pipe_is_quiet() -> None:
     with subprocess.Popen(
-        [*ZOO, "describe", "--kinds"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+        [*ZOO, "check", "configs/models/minimax-tiny.yaml"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
     ) as process:
         process.stdout.close()
         assert process.stderr.read() == b""

@@ -67,6 +67,27 @@ def test_rows_are_chosen_repeated_and_reset(pattern):
 
 @torch.no_grad()
 @pytest.mark.parametrize("pattern", PATTERNS)
+def test_rows_keep_their_own_past(pattern):
+    """Rows of different lengths, chosen anew: each goes on from its own position."""
+    net, ids, lengths = model(pattern), tokens(3, 9), torch.tensor([9, 4, 6])
+    mask = (torch.arange(9) >= 9 - lengths[:, None]).long()
+    for change, rows in [
+        (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1])), [2, 0, 1]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1, 2])), [1, 2]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    ]:
+        cache = net(ids, attention_mask=mask, use_cache=True).past_key_values
+        change(cache)
+        assert cache.seen.tolist() == lengths[rows].tolist()
+        new = tokens(len(rows), 3, seed=5)
+        logits = run(net, new, cache)
+        for i, row in enumerate(rows):
+            alone = torch.cat([ids[row, 9 - lengths[row] :], new[i]])[None]
+            assert_close(logits[i], net(alone).logits[0, -3:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_copy_goes_its_own_way(pattern):
     net, ids = model(pattern), tokens(2, 9)
     cache = net(ids, use_cache=True).past_key_values

@@ -52,14 +52,15 @@ def test_nothing_to_score(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_autocast_is_near_float32(implementation):
-    x, weight, labels = problem(400, 100)
+@pytest.mark.parametrize("count", [400, 401, 402, 403])
+def test_autocast_is_near_float32(implementation, count):
+    x, weight, labels = problem(count, 100)
     reference = F.cross_entropy(x @ weight.T, labels, reduction="sum", ignore_index=IGNORE_INDEX)
     expected = torch.autograd.grad(reference, [x, weight])
     with torch.autocast("cpu", torch.bfloat16):
         loss = implementation(x, weight, labels)
     assert loss.dtype == torch.float32
-    assert_close(loss, reference, tolerance=1e-3)  # a bfloat16 sum would be off by up to 4e-3
+    assert_close(loss, reference, tolerance=5e-4)  # a sum rounded to bfloat16 may be off by 4e-3
     for gradient, theirs in zip(torch.autograd.grad(loss, [x, weight]), expected, strict=True):
         assert gradient.dtype == torch.float32
         assert_close(gradient, theirs, "gradient", tolerance=2e-2)

@@ -264,3 +264,27 @@ def test_padded_batches_equal_transformers(family):
     with torch.no_grad():
         logits, expected = ours(tokens, mask).logits, theirs(tokens, mask, position_ids=positions).logits
     assert_close(logits[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_loss_and_router_gradients_equal_mixtral(padded):
+    """Cross entropy and auxiliary loss together, as Mixtral trains."""
+    theirs, fields, mapping = mixtral(True)
+    theirs.router_aux_loss_coef = 0.5
+    fields["blocks"]["b"]["ffn"]["router"] = {"aux_loss_coef": 0.5}
+    perturb(theirs)
+    ours = build({"vocab_size": VOCAB, "tie_word_embeddings": True, **fields})
+    copy_weights(ours, theirs, mapping)
+    tokens = torch.randint(0, VOCAB, (3, 21), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(21) < torch.tensor([21, 12, 5 if padded else 21])[:, None]).long() if padded else None
+    labels = tokens if mask is None else tokens.masked_fill(mask == 0, -100)
+    out = ours(tokens, mask, labels=labels)
+    expected = theirs(tokens, attention_mask=mask, labels=labels, output_router_logits=True)
+    assert_close(out.aux_loss, 0.5 * expected.aux_loss)
+    assert_close(out.loss, expected.loss)
+    for each in (out.aux_loss, 0.5 * expected.aux_loss):
+        each.backward()
+    for i in range(3):
+        name = f"model.layers.{i}.ffn.router.weight"
+        gradient = theirs.get_parameter(mapping[name]).grad
+        assert_close(ours.get_parameter(name).grad, gradient, name, tolerance=1e-4)

@@ -21,6 +21,8 @@ def test_every_layer_is_in_the_picture(num_layers: int) -> None:
     titles = [title.text for title in root.iter(f"{SVG}title")]
     assert titles == [f"layer {i}: mamba, mamba + mlp" for i in range(num_layers)]
     _, _, width, height = map(float, root.attrib["viewBox"].split())
+    places = [(rect.attrib["x"], rect.attrib["y"]) for rect in root.iter(f"{SVG}rect")]
+    assert len(set(places)) == len(places)
     for rect in root.iter(f"{SVG}rect"):
         assert float(rect.attrib["x"]) + float(rect.attrib["width"]) <= width
         assert float(rect.attrib["y"]) + float(rect.attrib["height"]) <= height

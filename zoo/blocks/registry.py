@@ -13,7 +13,7 @@ from typing import Literal
 from torch import nn
 
 from zoo.blocks.base import FeedForwardConfig, MixerConfig
-from zoo.schema import FieldError, nearest, shown
+from zoo.schema import FieldError, expected, get_hints, nearest, shown
 
 Role = Literal["mixer", "ffn"]
 _BASES: dict[Role, type] = {"mixer": MixerConfig, "ffn": FeedForwardConfig}
@@ -42,12 +42,14 @@ def register(kind: str, config_class: type, module_class: type[nn.Module]) -> No
         module_class: built as `module_class(config, model_config, layer_idx)`.
 
     Raises:
-        TypeError: config_class is not such a dataclass.
+        TypeError: config_class is not such a dataclass, or a field has a type that the schema cannot check.
         ValueError: the kind is taken by other classes.
     """
     role: Role | None = next((role for role, base in _BASES.items() if issubclass(config_class, base)), None)
     if role is None or not dataclasses.is_dataclass(config_class):
         raise TypeError(f"{config_class.__name__} must be a dataclass derived from MixerConfig or FeedForwardConfig")
+    for hint in get_hints(config_class).values():
+        expected(hint)
     entry = Kind(kind, role, config_class, module_class)
     if _kinds.setdefault((role, kind), entry) != entry:
         raise ValueError(f"{role} kind {kind!r} is taken by {_kinds[role, kind].module_class.__qualname__}")
