@@ -628,3 +628,14 @@ def test_a_kind_whose_fields_cannot_be_checked_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^mixer kind 'mamba' is taken by Mamba$"):
         register("mamba", MixerConfig, torch.nn.Identity)
     assert "sizes" not in [kind.name for kind in kinds()]
+
+
+def test_structure_cannot_change_behind_the_layers(good: Path, tmp_path: Path) -> None:
+    config = load_config(good)
+    with pytest.raises(ConfigError, match=r"^pattern: cannot be changed in a built configuration; override it in load_config"):
+        config.pattern = [*config.to_mapping()["blocks"]][:1]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"^hidden_size: cannot be changed"):
+        AutoConfig.from_pretrained(tmp_path, hidden_size=24)
+    config.vocab_size = 999  # resize_token_embeddings does this
+    assert config.to_mapping()["vocab_size"] == 999

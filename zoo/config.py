@@ -97,6 +97,7 @@ class _ModelFile:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(_ModelFile))
+_STRUCTURE = ("hidden_size", "blocks", "pattern", "defaults", "residual", "norm", "initializer_range")
 _DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(_ModelFile)
@@ -143,6 +144,12 @@ class ZooConfig(PreTrainedConfig):
             self._layers, self._norm = _resolve(mapping, self)
         except FieldError as error:
             raise ConfigError(str(error)) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # from_pretrained(folder, pattern=...) sets fields after the check; `layers` would then say something else.
+        if name in _STRUCTURE and "_layers" in self.__dict__ and value != getattr(self, name):
+            raise ConfigError(f"{name}: cannot be changed in a built configuration; override it in load_config")
+        super().__setattr__(name, value)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
