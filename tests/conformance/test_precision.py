@@ -1,17 +1,21 @@
+import inspect
 from pathlib import Path
 
+import pytest
 import torch
 
 import zoo
 from tests.conformance.conftest import Measure
 from tests.conformance.matrix import PARTS
-from tests.conformance.runs import build, inputs
+from tests.conformance.runs import build, chunked, inputs
 from tests.conformance.subjects import SUBJECTS, new_layers
+from zoo import ops
 from zoo.blocks import KeyValueState, SequenceContext
 
 LENGTH = 16_384
 BOUND = 0.02
 FLOAT32 = ("A_log", "D", "dt_bias")  # parameters; every buffer is float32 besides
+FLOAT32_ARGUMENTS = {"linear_attention": ("log_decay",), "selective_scan": ("delta", "A", "D")}
 
 
 @torch.no_grad()
@@ -28,6 +32,26 @@ def test_bfloat16_stays_near_float32_over_16k_tokens(subject: str, measure: Meas
         measure(f"layer {i}", out, model.layers[i].mixer(x.float(), context), BOUND)
         if not isinstance(state, KeyValueState):
             assert {tensor.dtype for tensor in state.tensors.values()} == {torch.float32}
+
+
+@torch.no_grad()
+def test_ops_get_rates_and_decays_in_float32(subject: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rounded decay is a slightly different one, which no bound for bfloat16 outputs would tell from rounding."""
+
+    def watched(name: str):
+        op = getattr(ops, name)
+
+        def call(*arguments: object, **keywords: object) -> object:
+            given = inspect.signature(op).bind(*arguments, **keywords).arguments
+            for argument in (*FLOAT32_ARGUMENTS[name], "initial_state"):
+                assert given.get(argument) is None or given[argument].dtype == torch.float32, f"{name}: {argument}"
+            return op(*arguments, **keywords)
+
+        return call
+
+    for name in FLOAT32_ARGUMENTS:
+        monkeypatch.setattr(ops, name, watched(name))
+    chunked(build(subject, torch.bfloat16), inputs(1, 9).bfloat16(), [7, 1, 1])
 
 
 def check(rounded: torch.nn.Module, original: torch.nn.Module) -> None:

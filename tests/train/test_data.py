@@ -119,10 +119,10 @@ def test_a_batch_that_failed_is_read_again(folder):
 
 
 class Lengths(Callback):
-    """Like callbacks/sequence_length.py: from step 10 on 128 tokens, from step 30 on 32."""
+    """Like callbacks/sequence_length.py: from step 10 on 16 tokens, from step 30 on 32."""
 
     def on_train_batch_end(self, trainer, module, *args):
-        length = {10: 128, 30: 32}.get(trainer.global_step)
+        length = {10: 16, 30: 32}.get(trainer.global_step)
         if length:
             trainer.datamodule.set_sequence_length(length)
 
@@ -131,7 +131,7 @@ def test_a_new_sequence_length_holds_from_the_next_batch_and_survives_resume(fol
     whole = fit(folder, make(folder), Recorder(), callbacks=[Lengths(), every_step(folder)])
     plain = fit(folder, make(folder), Recorder())
     for i, (seen, reference) in enumerate(zip(whole.seen, plain.seen, strict=True)):
-        length = 64 if i < 10 else 128 if i < 30 else 32
+        length = 64 if i < 10 else 16 if i < 30 else 32
         assert (seen[0], seen[3]) == (reference[0], 256)  # the same tokens, as many of them
         assert set(range(0, 257, length)) <= set(seen[1])
         assert (seen[1] == reference[1]) == (i < 10)
@@ -139,7 +139,7 @@ def test_a_new_sequence_length_holds_from_the_next_batch_and_survives_resume(fol
         checkpoint = folder / "checkpoints" / f"step={step}.ckpt"
         resumed = fit(folder, make(folder), Recorder(), resume=checkpoint, callbacks=[Lengths()])
         assert resumed.seen == whole.seen[step:]
-    with pytest.raises(DataError, match="does not divide the 256 tokens"):
+    with pytest.raises(DataError, match="does not divide data.sequence_length .64."):
         make(folder).set_sequence_length(96)
 
 

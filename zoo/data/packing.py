@@ -1,11 +1,14 @@
 """Documents laid end to end and cut into rows, in an order that depends on nothing but (seed, epoch).
 
-The training text is one endless stream: epoch 0's documents in shuffled order, then epoch 1's in another, and so on. A
-position in it is one number, the tokens before it, so a run resumes exactly by knowing how many tokens it has consumed,
-whatever the number of ranks was.
+The training text is one endless stream: epoch 0's documents in shuffled order, cut into blocks, the blocks shuffled
+once more, then epoch 1's, and so on. (With documents alone shuffled, a long one would fill many batches in a row, and
+training would follow it.) A position in the stream is one number, the tokens before it, so a run resumes exactly by
+knowing how many tokens it has consumed, whatever the number of ranks was.
 
-    stream   | doc 7 ..... eos | doc 2 .. eos | doc 9 .............. eos | doc 7 ...
-    step k   |  rank 0's row   |  rank 1's row   |
+    documents  | doc 7 ..... eos | doc 2 .. eos | doc 9 .............. eos | ...
+    blocks     |   0   |   1   |   2   |   3   |   4   |   5   |   6   |
+    stream     |   4   |   0   |   6   |   2   | ...
+    step k     | rank 0's row  | rank 1's row  |
 """
 
 from functools import lru_cache
@@ -24,32 +27,42 @@ class PackedText:
     Args:
         cache: the tokenised corpus.
         documents: int64 [n], numbers of documents in the cache.
-        seed: shuffles the documents anew in every epoch; None keeps their order.
+        seed: shuffles documents and blocks anew in every epoch; None keeps their order.
+        block: tokens that stay together when blocks are shuffled: the longest sequence of training.
     """
 
-    def __init__(self, cache: TokenCache, documents: np.ndarray, seed: int | None) -> None:
+    def __init__(self, cache: TokenCache, documents: np.ndarray, seed: int | None, block: int) -> None:
         self._cache = cache
         self._documents = documents
         self._seed = seed
+        self._block = block
         self.num_tokens = int(cache.lengths[documents].sum())
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
-    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(first token in the cache of each document [n], first token in this epoch's stream [n + 1]), int64."""
-        order = self._documents
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each document, in this epoch's order, the first token in the cache [n] and among the documents laid end
+        to end [n]; of each block of the stream, its number among the documents [blocks]. int64."""
+        order, blocks = self._documents, np.arange(-(-self.num_tokens // self._block))
         if self._seed is not None:
             # RandomState, because numpy promises never to change its stream of numbers; Generator's may change.
-            order = np.random.RandomState([self._seed, epoch]).permutation(order)
-        return self._cache.offsets[order], np.concatenate([[0], np.cumsum(self._cache.lengths[order])])
+            random = np.random.RandomState([self._seed, epoch])
+            order = random.permutation(order)
+            whole = self.num_tokens // self._block  # a last, shorter block stays last, so that the others keep step
+            blocks[:whole] = random.permutation(whole)
+        lengths = self._cache.lengths[order]
+        return self._cache.offsets[order], np.cumsum(lengths) - lengths, blocks
 
     def _read(self, epoch: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens start to stop of one epoch, int64, and where in them documents start."""
-        in_cache, in_stream = self._epoch(epoch)
-        first, last = np.searchsorted(in_stream, [start, stop - 1], side="right") - 1
-        starts = in_stream[first : last + 1]
-        pieces = np.diff(np.clip(in_stream[first : last + 2], start, stop))
-        index = np.arange(start, stop) + np.repeat(in_cache[first : last + 1] - starts, pieces)
-        return self._cache.tokens[index].astype(np.int64), starts[starts >= start] - start
+        """Tokens start to stop of one epoch, int64, and where in them documents and shuffled blocks start."""
+        in_cache, in_documents, blocks = self._epoch(epoch)
+        block, within = np.divmod(np.arange(start, stop), self._block)
+        position = blocks[block] * self._block + within
+        document = np.searchsorted(in_documents, position, side="right") - 1
+        offset = position - in_documents[document]
+        is_start = offset == 0
+        if self._seed is not None:
+            is_start |= within == 0
+        return self._cache.tokens[in_cache[document] + offset].astype(np.int64), np.flatnonzero(is_start)
 
     def batch(self, start: int, stop: int, sequence_length: int) -> Batch:
         """Tokens start to stop of the stream as one row of sequences, each of sequence_length (the last may be

@@ -79,7 +79,7 @@ class TextData(LightningDataModule):
         source: a file, a folder, a glob, python-stdlib, hf:org/name?split=train&field=text, or a list of these
             (zoo/data/sources.py says how each becomes documents).
         tokenizer: bytes, bpe:N (trained on the training text), a tokenizer folder, or a Hub id.
-        sequence_length: tokens per sequence; nothing is carried from one to the next.
+        sequence_length: tokens per sequence, the longest of the run; nothing is carried from one to the next.
         batch_size: sequences per batch on each rank.
         validation_fraction: the part of the text, in bytes, that is held out for validation, in whole documents.
         seed: shuffles the documents; the order depends on it and the epoch alone.
@@ -126,6 +126,7 @@ class TextData(LightningDataModule):
         # The trainer's first `_batches_before` batches consumed the stream's first `_tokens_before` tokens.
         self._tokens_before = 0
         self._batches_before = 0
+        self._longest = sequence_length
         self._scheduled_length: int | None = None
 
     def prepare_data(self) -> None:
@@ -144,8 +145,8 @@ class TextData(LightningDataModule):
                 f"data.source: {source.name}: all of the corpus is one document, so none can be held out; give more "
                 "files, or name the file itself (not its folder) to have it cut at blank lines"
             )
-        self.training_text = PackedText(self._cache, training, self.seed)
-        self.held_out_text = PackedText(self._cache, self._held_out, seed=None)
+        self.training_text = PackedText(self._cache, training, self.seed, self._longest)
+        self.held_out_text = PackedText(self._cache, self._held_out, None, self._longest)
         self._check_length(source.name, "training", self.training_text, "give more text")
         self._check_length(
             source.name, "held-out", self.held_out_text, "raise data.validation_fraction, give more text"
@@ -178,12 +179,12 @@ class TextData(LightningDataModule):
     def set_sequence_length(self, sequence_length: int) -> None:
         """From the next batch on, cuts rows into sequences of this length; a row's tokens stay as they are.
 
-        Raises DataError if it does not divide batch_size x sequence_length as constructed.
+        Raises DataError if it does not divide the sequence_length constructed with, which is the longest.
         """
-        if sequence_length < 2 or self.tokens_per_batch % sequence_length:
+        if sequence_length < 2 or self._longest % sequence_length:
             raise DataError(
-                f"sequence length {sequence_length} does not divide the {self.tokens_per_batch} tokens of a batch "
-                "(data.batch_size x data.sequence_length); choose one that does"
+                f"sequence length {sequence_length} does not divide data.sequence_length ({self._longest}), the longest "
+                "of the run; choose one that does"
             )
         self.sequence_length = self._scheduled_length = sequence_length
 

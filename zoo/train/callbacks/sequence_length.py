@@ -21,7 +21,7 @@ class SequenceLength(Callback):
 
     Args:
         stages: in order of steps, for example [{step: 0, length: 256}, {step: 500, length: 1024}]; before the first
-            stage data.sequence_length holds. Empty: it holds throughout.
+            stage data.sequence_length holds, which must be the longest. Empty: it holds throughout.
     """
 
     def __init__(self, stages: list[Stage] | None = None) -> None:
