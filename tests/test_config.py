@@ -632,7 +632,9 @@ def test_a_kind_whose_fields_cannot_be_checked_is_refused() -> None:
 
 def test_structure_cannot_change_behind_the_layers(good: Path, tmp_path: Path) -> None:
     config = load_config(good)
-    with pytest.raises(ConfigError, match=r"^pattern: cannot be changed in a built configuration; override it in load_config"):
+    with pytest.raises(
+        ConfigError, match=r"^pattern: cannot be changed in a built configuration; override it in load_config"
+    ):
         config.pattern = [*config.to_mapping()["blocks"]][:1]
     config.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"^hidden_size: cannot be changed"):

@@ -183,8 +183,8 @@ class TextData(LightningDataModule):
         """
         if sequence_length < 2 or self._longest % sequence_length:
             raise DataError(
-                f"sequence length {sequence_length} does not divide data.sequence_length ({self._longest}), the longest "
-                "of the run; choose one that does"
+                f"sequence length {sequence_length} does not divide data.sequence_length ({self._longest}), the "
+                "longest of the run; choose one that does"
             )
         self.sequence_length = self._scheduled_length = sequence_length
 
