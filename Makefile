@@ -27,12 +27,13 @@ conformance: $(READY)
 memory: $(READY)
 	$(BIN)/python -m benchmarks.memory
 
+# torch first and alone: with no torch installed, another package's range would pull the CUDA build.
 $(READY): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	# torch first and alone: with no torch installed, another package's range would pull the CUDA build.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
-	touch $(READY)
+	@echo "making $(VENV): about a minute"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $(READY)
 
 clean:
 	rm -rf $(VENV) runs .cache
