@@ -179,3 +179,10 @@ def test_overrides_are_taken_out_of_the_command_line():
     assert split_model_overrides(["fit", "--model.config=m.yaml"]) == ["fit", "--model.config=m.yaml"]
     with pytest.raises(UserError, match=r"--model.config.a: a value is missing"):
         split_model_overrides(["--model.config.a", "--other"])
+
+
+def test_a_patterns_caret_stays_below_its_place(tiny, capfd):
+    assert main([*tiny, "--model.config.pattern", "lightning (softmax"]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].endswith("pattern: this parenthesis is never closed")
+    assert lines[1:] == ["  lightning (softmax", "            ^"]

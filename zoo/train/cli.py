@@ -340,7 +340,9 @@ def _quieten() -> None:
 
 def _fail(error: BaseException, status: int) -> int:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a machine end for the same reason; one says so
-        _say(f"error: {' '.join(str(error).split())}")
+        # A pattern's error points at the place with a caret below it; every other message is one line.
+        text = str(error) if isinstance(error, ConfigError) else " ".join(str(error).split())
+        _say(f"error: {text}")
     return status
 
 
