@@ -174,7 +174,7 @@ class MoE(FeedForward):
         if self.config.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
         statistics = RouterStatistics(
-            tokens=torch.full_like(logits[:1, 0].sum(), tokens.shape[0]),
+            tokens=logits.new_full((), tokens.shape[0]),
             assignments=F.one_hot(chosen, self.config.num_experts).sum((0, 1)).to(wide),
             probabilities=probabilities.sum(0),
             squared_log_z=logits.logsumexp(-1).square().sum(),
