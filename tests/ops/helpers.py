@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+# Where the kernels' tests run: interpreted on the CPU, or on a GPU.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def relative_error(out: Tensor | None, ref: Tensor) -> float:
@@ -19,3 +24,15 @@ def relative_error(out: Tensor | None, ref: Tensor) -> float:
     out, ref = out.detach().double().cpu(), ref.detach().double().cpu()
     norm = ref.norm().item()
     return (out - ref).norm().item() / (norm if norm > 0 else 1.0)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty and its kin come full of NaN inside, so that what nobody writes shows."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.ops import backend, backends, dispatch, linear_attention
+from zoo.ops import backend, backends, dispatch, linear_attention, measured
 
 
 @pytest.fixture
@@ -57,10 +57,94 @@ def test_every_op_has_its_backends(op):
 def test_unknown_names(two_backends):
     with pytest.raises(ValueError, match="backend 'cuda' does not exist; choose one of reference, torch"):
         backend("cuda").__enter__()
-    with pytest.raises(ValueError, match="probe has no 'triton' backend; it has reference, torch"), backend("triton"):
+    with (
+        pytest.raises(
+            ValueError, match="probe cannot run on backend 'triton': it is not implemented; use reference, torch, auto"
+        ),
+        backend("triton"),
+    ):
         two_backends()
     with pytest.raises(ValueError, match="op 'conv' does not exist; choose one of probe"):
         backends("conv")
+
+
+@pytest.fixture
+def measured_cpu(two_backends, monkeypatch):
+    """On the CPU `auto` chooses between reference and torch, and two lengths are measured."""
+    monkeypatch.setattr(dispatch, "_automatic", lambda op, device: ["reference", "torch"])
+    rows = [
+        measured.Row("probe", "cpu", "float32", 1, 64, {"torch": 3.0, "reference": 1.0}),
+        measured.Row("probe", "cpu", "float32", 512, 64, {"torch": 2.0, "reference": 5.0}),
+        measured.Row("probe", "cpu", "float32", 512, 16, {"torch": 9.0, "reference": 5.0}),
+        measured.Row("probe", "cpu", "bfloat16", 512, 64, {"torch": 9.0}),
+        measured.Row("probe", "NVIDIA H200", "float32", 512, 64, {"torch": 9.0, "reference": 5.0}),
+    ]
+    monkeypatch.setattr(measured, "rows", lambda: tuple(rows))
+    measured.by_length.cache_clear()
+    yield lambda length, width=64, dtype=torch.float32: dispatch.explain_choice(
+        "probe", torch.device("cpu"), torch.empty(1, length, 2, width, dtype=dtype, device="meta")
+    )
+    measured.by_length.cache_clear()
+
+
+def test_auto_takes_the_fastest_of_the_nearest_measurement(measured_cpu):
+    assert measured_cpu(1).backend == "reference"
+    for length in (2, 512, 100_000):
+        assert measured_cpu(length).backend == "torch"
+        assert measured_cpu(length, width=20).backend == "reference"
+    choice = measured_cpu(300, width=100)
+    assert choice.reason == "the fastest measured at length 512, width 64, float32 on cpu: 2 ms"
+    assert choice.others == {"reference": "5 ms"}
+    assert measured_cpu(300, dtype=torch.bfloat16).others == {"reference": "not measured there"}
+    assert "no figures for cpu" in measured_cpu(300, dtype=torch.float64).reason
+
+
+def test_a_backend_that_refuses_is_passed_over(measured_cpu):
+    dispatch.implements("probe", "torch", refuses=lambda x: "too wide" if x.shape[-1] > 64 else None)(lambda x: x)
+    assert measured_cpu(512).backend == "torch"
+    choice = measured_cpu(512, width=65)
+    assert choice.backend == "reference" and choice.others == {"torch": "too wide"}
+    with (
+        pytest.raises(ValueError, match="probe cannot run on backend 'torch': too wide; use reference"),
+        backend("torch"),
+    ):
+        measured_cpu(512, width=65)
+
+
+def test_a_backend_whose_package_is_missing(two_backends):
+    dispatch.lazily("probe", "library", "nowhere.at_all", requires="no_such_package")
+    assert backends("probe") == ("reference", "torch", "library")
+    assert backends("probe", "cuda") == ("reference", "torch")
+    assert two_backends()[0] == "torch"
+    with pytest.raises(ValueError, match="'library': no_such_package is not installed; use"), backend("library"):
+        two_backends()
+
+
+def test_kernels_need_a_gpu(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "triton" not in backends("linear_attention", "cpu")
+    q = torch.randn(1, 3, 2, 16)
+    with pytest.raises(ValueError, match="'triton': its kernels need a GPU"), backend("triton"):
+        linear_attention(q, q, q)
+
+
+def test_a_compiled_graph_does_not_depend_on_the_length_class(two_backends, monkeypatch):
+    """The comparison with the table is guarded, and the table itself is a constant of the graph."""
+    monkeypatch.setattr(dispatch, "_automatic", lambda op, device: ["reference", "torch"])
+    for name, factor in (("reference", 2), ("torch", 3)):
+        dispatch.implements("probe", name)(lambda x, factor=factor: x * factor)
+    rows = [
+        measured.Row("probe", "cpu", "float32", 8, 4, {"reference": 1.0, "torch": 2.0}),
+        measured.Row("probe", "cpu", "float32", 64, 4, {"reference": 2.0, "torch": 1.0}),
+    ]
+    monkeypatch.setattr(measured, "rows", lambda: tuple(rows))
+    measured.by_length.cache_clear()
+    function = torch.compile(lambda x: dispatch.run("probe", x.device, x), backend="eager", fullgraph=True)
+    try:
+        for length in (7, 9, 5, 30, 64, 2):
+            assert function(torch.ones(1, length, 4))[0, 0, 0] == (2 if length <= 8 else 3)
+    finally:
+        measured.by_length.cache_clear()
 
 
 def test_a_compiled_graph_follows_the_choice():

@@ -1,40 +1,90 @@
 """Chooses the implementation behind an op.
 
 An op is a public function in `zoo/ops/<op>/__init__.py`. It checks its arguments once and then calls the
-implementation that `select` returns. Each implementation registers itself under (op, backend):
+implementation that `choose` names. Each implementation registers itself under (op, backend):
 
     reference   one token at a time, float64-capable, obviously right; everything else is compared with it
     torch       chunked PyTorch, memory-linear in the length
     triton      our GPU kernels
     library     somebody else's kernels (fla, mamba-ssm), imported only when chosen
+
+A backend that needs a package is imported when it first runs (`lazily`), and may refuse calls it would get wrong.
+`auto` takes, of those that can serve the call, the one measured fastest (measured.py).
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from zoo.ops import measured
+
 BACKENDS = ("reference", "torch", "triton", "library")
+# Without a measurement: kernels before chunked PyTorch, ours before a library's, which may not do everything.
+UNMEASURED = ("triton", "library", "torch")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_implementations: dict[str, dict[str, Callable[..., Any]]] = {}
+
+@dataclass
+class Implementation:
+    """`function` is None until `module`, which registers it, has been imported."""
+
+    function: Callable[..., Any] | None = None
+    refuses: Callable[..., str | None] | None = None
+    module: str | None = None
+    requires: str | None = None
+
+
+class Choice(NamedTuple):
+    """Which backend runs and why; `others` says of each remaining one why not."""
+
+    backend: str
+    reason: str
+    others: dict[str, str]
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [f"{self.backend}: {self.reason}", *(f"not {name}: {why}" for name, why in self.others.items())]
+        )
+
+
+_implementations: dict[str, dict[str, Implementation]] = {}
 # A plain global, not a ContextVar: torch.compile guards on it, so a graph compiled under one backend is never
 # reused under another.
 _chosen = "auto"
+# What `only_choosing` collects instead of running anything, and the device the call would run on.
+_explaining: tuple[torch.device, list[Choice]] | None = None
 
 
-def implements(op: str, backend: str) -> Callable[[Function], Function]:
-    """Register the decorated function as `backend` of `op`."""
+def implements(
+    op: str, backend: str, refuses: Callable[..., str | None] | None = None
+) -> Callable[[Function], Function]:
+    """Register the decorated function as `backend` of `op`.
+
+    `refuses`, called with the op's arguments, says why this backend cannot serve them, or None. It looks at shapes and
+    dtypes, never at values.
+    """
 
     def register(function: Function) -> Function:
-        _implementations.setdefault(op, {})[backend] = function
+        implementation = _implementations.setdefault(op, {}).setdefault(backend, Implementation())
+        implementation.function, implementation.refuses = function, refuses
         return function
 
     return register
+
+
+def lazily(op: str, backend: str, module: str, requires: str) -> None:
+    """`backend` of `op` is registered by `module`, imported at its first use; it needs the package `requires`."""
+    _implementations.setdefault(op, {})[backend] = Implementation(module=module, requires=requires)
 
 
 @contextmanager
@@ -54,29 +104,145 @@ def backend(name: str) -> Iterator[None]:
         _chosen = previous
 
 
-def backends(op: str) -> tuple[str, ...]:
-    """The backends `op` has, in the order of BACKENDS.
+def backends(op: str, device: torch.device | str | None = None) -> tuple[str, ...]:
+    """The backends `op` has, in the order of BACKENDS; with a device, those that can run there.
 
     Raises:
         ValueError: no such op.
     """
     if op not in _implementations:
         raise ValueError(f"op {op!r} does not exist; choose one of {', '.join(sorted(_implementations))}")
-    return tuple(name for name in BACKENDS if name in _implementations[op])
+    names = (name for name in BACKENDS if name in _implementations[op])
+    if device is None:
+        return tuple(names)
+    return tuple(name for name in names if _cannot_run(op, name, torch.device(device).type) is None)
+
+
+def choose(op: str, device: torch.device, /, *args: Any, **kwargs: Any) -> str:
+    """The backend that serves this call.
+
+    Raises:
+        ValueError: the backend asked for does not exist for this op, cannot run here, or refuses the call.
+    """
+    if _chosen != "auto":
+        problem = _problem(op, _chosen, device.type, args, kwargs)
+        if problem is not None:
+            usable = [name for name in BACKENDS if _problem(op, name, device.type, args, kwargs) is None]
+            raise ValueError(f"{op} cannot run on backend {_chosen!r}: {problem}; use {', '.join((*usable, 'auto'))}")
+        return _chosen
+    candidates = [name for name in _automatic(op, device.type) if not _problem(op, name, device.type, args, kwargs)]
+    if len(candidates) == 1:
+        return candidates[0]
+    first = args[0]
+    table = measured.fastest(op, _name(device), first.dtype, first.shape[-1], tuple(candidates))
+    # Comparisons, so that torch.compile guards on a class of lengths and not on each length.
+    longest = table[-1][1] if table else candidates[0]
+    return next((name for length, name in table if first.shape[1] <= length), longest)
+
+
+def explain_choice(op: str, device: torch.device, /, *args: Any, **kwargs: Any) -> Choice:
+    """As `choose`, with its reasons."""
+    chosen = choose(op, device, *args, **kwargs)
+    if _chosen != "auto":
+        return Choice(chosen, f'asked for with zoo.ops.backend("{_chosen}")', {})
+    problems = {name: _problem(op, name, device.type, args, kwargs) for name in _automatic(op, device.type)}
+    candidates = tuple(name for name, problem in problems.items() if problem is None)
+    others = {name: problem for name, problem in problems.items() if problem is not None}
+    if len(candidates) == 1:
+        return Choice(chosen, f"the only one that serves this call on {device.type}", others)
+    first = args[0]
+    rows = measured.by_length(op, _name(device), measured.name_of(first.dtype), first.shape[-1], candidates)
+    if not rows:
+        others |= dict.fromkeys(candidates[1:], "comes later in the order for what is not measured")
+        return Choice(chosen, f"first in the order for what is not measured: no figures for {_name(device)}", others)
+    row = next((row for row in rows if first.shape[1] <= row.length), rows[-1])
+    figures = {name: f"{time:.3g} ms" for name, time in row.among(candidates).items()}
+    others |= {name: figures.get(name, "not measured there") for name in candidates if name != chosen}
+    at = f"length {row.length}, width {row.width}, {row.dtype} on {row.device}"
+    return Choice(chosen, f"the fastest measured at {at}: {figures[chosen]}", others)
 
 
 def run(op: str, device: torch.device, /, *args: Any, **kwargs: Any) -> Any:
-    """Call `op` on the chosen backend, outside autocast: an op states its own precision.
+    """Call `op` on the backend that serves it, outside autocast: an op states its own precision.
 
     Raises:
-        ValueError: the chosen backend is not implemented for this op.
+        ValueError: as `choose`.
     """
-    name = "torch" if _chosen == "auto" else _chosen
-    function = _implementations[op].get(name)
-    if function is None:
-        raise ValueError(f"{op} has no {name!r} backend; it has {', '.join(backends(op))}")
+    if _explaining is not None:
+        device, choices = _explaining
+        choices.append(explain_choice(op, device, *args, **kwargs))
+        raise _Explained
+    name = choose(op, device, *args, **kwargs)
+    function = _implementations[op][name].function
+    assert function is not None, "choose() has imported the module that registers it"
     # The meta device has no autocast to ask about.
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         with torch.autocast(device_type=device.type, enabled=False):
             return function(*args, **kwargs)
     return function(*args, **kwargs)
+
+
+class _Explained(Exception):
+    """Leaves an op once its backend is known."""
+
+
+@contextmanager
+def only_choosing(device: torch.device) -> Iterator[list[Choice]]:
+    """Inside, an op called on tensors of any device leaves the `with` block once its backend on `device` is chosen;
+    the list then holds the choice."""
+    global _explaining
+    choices: list[Choice] = []
+    previous, _explaining = _explaining, (device, choices)
+    try:
+        yield choices
+    except _Explained:
+        pass
+    finally:
+        _explaining = previous
+
+
+def _automatic(op: str, device_type: str) -> list[str]:
+    """What `auto` chooses from: never the reference, and kernels only on a GPU (interpreted ones are for tests)."""
+    names = UNMEASURED if device_type == "cuda" else ("torch",)
+    return [name for name in names if name in _implementations[op]]
+
+
+def _problem(op: str, name: str, device_type: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why backend `name` cannot serve this call, or None."""
+    problem = _cannot_run(op, name, device_type)
+    if problem is not None:
+        return problem
+    refuses = _implementations[op][name].refuses
+    return None if refuses is None else refuses(*args, **kwargs)
+
+
+# What torch.compile may take as constants: it cannot look into imports, files and the environment.
+_constant = torch.compiler.assume_constant_result
+
+
+@_constant
+def _cannot_run(op: str, name: str, device_type: str) -> str | None:
+    """Why backend `name` of `op` cannot run on such a device, or None; then its module has been imported."""
+    implementation = _implementations[op].get(name)
+    if implementation is None:
+        return "it is not implemented"
+    if implementation.requires is not None and not _installed(implementation.requires):
+        return f"{implementation.requires} is not installed"
+    if name == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "its kernels need a GPU (TRITON_INTERPRET=1 runs them on the CPU, slowly, for tests)"
+    if name == "library" and device_type == "cpu":
+        return "its kernels need a GPU"
+    if implementation.function is None:
+        assert implementation.module is not None, "lazily() gives it"
+        importlib.import_module(implementation.module)
+    return None
+
+
+@cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@_constant
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type

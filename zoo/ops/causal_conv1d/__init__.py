@@ -12,6 +12,8 @@ from zoo.ops.causal_conv1d import chunked as chunked
 from zoo.ops.causal_conv1d import reference as reference
 from zoo.ops.varlen import check_cu_seqlens
 
+dispatch.lazily("causal_conv1d", "triton", "zoo.ops.causal_conv1d.kernels", requires="triton")
+
 
 def causal_conv1d(
     x: Tensor,

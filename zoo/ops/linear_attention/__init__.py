@@ -12,6 +12,8 @@ from zoo.ops.linear_attention import chunked as chunked
 from zoo.ops.linear_attention import reference as reference
 from zoo.ops.varlen import check_cu_seqlens
 
+dispatch.lazily("linear_attention", "triton", "zoo.ops.linear_attention.kernels", requires="triton")
+
 
 def linear_attention(
     q: Tensor,

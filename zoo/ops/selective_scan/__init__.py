@@ -10,6 +10,8 @@ from zoo.ops import dispatch
 from zoo.ops.selective_scan import chunked, reference  # noqa: F401  (they register themselves)
 from zoo.ops.varlen import check_cu_seqlens
 
+dispatch.lazily("selective_scan", "triton", "zoo.ops.selective_scan.kernels", requires="triton")
+
 
 def selective_scan(
     u: Tensor,
