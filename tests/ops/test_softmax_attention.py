@@ -237,7 +237,7 @@ def test_operator_contracts() -> None:
     """Fake shapes, aliasing and the autograd registration, as torch.library checks them."""
     tensors = [x.requires_grad_() for x in make(2, 40, 50)]
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (*tensors, True, 9, 2, None, padding("interior", 50)[:2])
+    arguments = (*tensors, 0.3, True, 9, 2, None, padding("interior", 50)[:2], True)
     torch.library.opcheck(chunked._forward, arguments, test_utils=utils)
 
 

@@ -1,17 +1,22 @@
 """Softmax attention in blocks of queries, each against the keys it may see: memory is linear in the length.
 
-Plain causal and full attention is torch's own. Windows, sinks, documents, padding, fewer queries than keys, the
-log-sum-exp and its gradient are done here, with the backward of FlashAttention (arXiv:2205.14135, appendix B.4):
+The forward keeps nothing but its inputs and its output. The backward computes the probabilities again (FlashAttention,
+arXiv:2205.14135, appendix B.4):
 
-    P = exp(S - lse),   dV = P^T dO,   dS = P * (dO V^T - (rowsum(dO * O) - dlse)),   dQ = dS K,   dK = dS^T Q
+    P = softmax(S),   dV = P^T dO,   dS = P * (dO V^T - rowsum(P * dO V^T) + dlse),   dQ = dS K,   dK = dS^T Q
 
-Legend: b batch, T queries, S keys, H heads, G query heads per kv head, D head_dim.
+In bfloat16 the logits are multiplied in float32 and the rest in bfloat16, as dO and V are rounded to bfloat16 already.
+On a GPU, and for a single query, torch's own kernels do what they can.
+
+Legend: b batch, T queries, S keys, H heads, K kv heads, G = H/K query heads per kv head, D head_dim. "Rows" are the
+queries of one kv head, `[b*K, T*G, D]`, the G queries of a token side by side: a block of tokens is then one matrix.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +25,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from zoo.ops.dispatch import implements
 from zoo.ops.varlen import document_ids
 
-# The most logits held at once, per head and row together. A block of queries is as long as this allows: measured on
-# AVX-512 with 2 MB of L2, 2^19 to 2^21 are within 10% of each other.
-MAX_LOGITS = 2**20
+# The most logits held at once: 1 MB. Measured with AVX-512 and 1 MB of L2 a core; half or double is 10% slower.
+MAX_LOGITS = 2**18
+NATIVE_LENGTH = 256  # up to which torch's attention is faster on a CPU in float32; it never is in bfloat16
+MAX_QUERIES = 128  # tokens in a block: a longer one computes more logits that are masked
 
 
 @implements("softmax_attention", "torch")
@@ -41,37 +47,28 @@ def softmax_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """`(out, lse)` as the public function documents them; lse may be None where it is not asked for."""
     length, key_length = q.shape[1], k.shape[1]
-    unlimited = window is None or window >= key_length
-    aligned = not causal or length in (1, key_length)
+    if window is not None and window + num_sinks >= key_length:
+        window = None
     # With another head_dim for v, torch falls back to an implementation that stores all logits.
-    if (
-        unlimited
-        and aligned
-        and cu_seqlens is None
-        and key_mask is None
-        and not return_lse
-        and q.shape[3] == v.shape[3]
-    ):
+    native = cu_seqlens is None and window is None and not return_lse and q.shape[3] == v.shape[3]
+    dense = key_mask is None and (not causal or length == key_length)
+    slower = q.device.type == "cpu" and (length > NATIVE_LENGTH or q.dtype == torch.bfloat16)
+    if native and (length == 1 or (dense and not slower)):
         out = scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
+            attn_mask=None if key_mask is None else (key_mask & key_mask[:, -1:])[:, None, None],
             is_causal=causal and length > 1,
             scale=scale,
             enable_gqa=q.shape[2] != k.shape[2],
         )
         return out.transpose(1, 2), None
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    out, lse = _forward(
-        q.to(dtype) * scale,
-        k.to(dtype),
-        v.to(dtype),
-        causal,
-        None if unlimited else window,
-        num_sinks,
-        cu_seqlens,
-        key_mask,
-    )
+    # Multiplied in bfloat16, or at least float32: float16 is slow on a CPU.
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    dtype = dtype if dtype == torch.bfloat16 else torch.promote_types(dtype, torch.float32)
+    inputs = (x.to(dtype) for x in (q, k, v))
+    out, lse = _forward(*inputs, scale, causal, window, num_sinks, cu_seqlens, key_mask, return_lse)
     return out.to(q.dtype), lse
 
 
@@ -83,26 +80,26 @@ def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    scale: float,
     causal: bool,
     window: int | None,
     num_sinks: int,
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`(out, lse)` of queries that are scaled already."""
-    visible = _Visible(q, k, causal, window, num_sinks, cu_seqlens, key_mask)
-    out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])
-    kv_heads = k.shape[2]
-    k, v = (_heads_first(x) for x in (k, v))
-    for queries, keys in visible.blocks():
-        logits = _logits(_group(q, queries, kv_heads), _take(k, keys), visible.mask(queries, keys))
-        # The largest logit adds exp(0) = 1, so a sum below 1 is that of a row that sees nothing.
-        largest = _finite(logits.amax(-1, keepdim=True))
-        p = logits.sub_(largest).exp_()
-        total = p.sum(-1, keepdim=True)
-        out[:, queries] = _ungroup(p @ _take(v, keys) / total.clamp_min(1), queries)
-        lse[:, queries] = _ungroup(largest + total.log(), queries).squeeze(-1)
-    return out, lse
+    """`(out, lse)`; lse is empty unless `return_lse`."""
+    blocks = _Blocks(q, k, scale, causal, window, num_sinks, cu_seqlens, key_mask)
+    v_rows = _rows(v)
+    out = q.new_empty(*blocks.q.shape[:2], v.shape[3])
+    lse = blocks.q.new_empty(blocks.q.shape[:2] if return_lse else 0)
+    for block in blocks:
+        logits = blocks.logits(block)
+        if return_lse:
+            lse[block.pairs, block.rows] = logits.logsumexp(-1)
+        p = _softmax(logits, block).to(v.dtype)
+        torch.bmm(p, block.keys_of(v_rows), out=out[block.pairs, block.rows])
+    return _unrows(out, q), _unrows(lse[..., None], q)[..., 0] if return_lse else lse
 
 
 @torch.library.custom_op("zoo::softmax_attention_backward", mutates_args=())
@@ -112,148 +109,233 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    scale: float,
     causal: bool,
     window: int | None,
     num_sinks: int,
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the scaled queries, of k and of v."""
-    visible = _Visible(q, k, causal, window, num_sinks, cu_seqlens, key_mask)
-    kv_heads = k.shape[2]
-    k, v = (_heads_first(x) for x in (k, v))
-    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    shift = (grad_out * out).sum(-1, keepdim=True)
-    if grad_lse is not None:
-        # Merging two empty rows gives a NaN gradient for their -inf; such a row has no gradient.
-        shift -= grad_lse.masked_fill(lse.isneginf(), 0).unsqueeze(-1)
-    lse = _finite(lse).unsqueeze(-1)
-    for queries, keys in visible.blocks():
-        q_block, grad_block = _group(q, queries, kv_heads), _group(grad_out, queries, kv_heads)
-        k_block, v_block = _take(k, keys), _take(v, keys)
-        p = _logits(q_block, k_block, visible.mask(queries, keys)).sub_(_group(lse, queries, kv_heads)).exp_()
-        _add(grad_v, keys, p.transpose(-1, -2) @ grad_block)
-        grad_logits = (grad_block @ v_block.transpose(-1, -2)).sub_(_group(shift, queries, kv_heads)).mul_(p)
-        _add(grad_k, keys, grad_logits.transpose(-1, -2) @ q_block)
-        grad_q[:, queries] = _ungroup(grad_logits @ k_block, queries)
-    return grad_q, *(x.transpose(1, 2).contiguous() for x in (grad_k, grad_v))  # type: ignore[return-value]
+    """Gradients of q, k and v."""
+    blocks = _Blocks(q, k, scale, causal, window, num_sinks, cu_seqlens, key_mask)
+    wide = blocks.q.dtype
+    v_rows, q_rows, k_rows = _rows(v), blocks.q.to(q.dtype), blocks.k.to(k.dtype)
+    grad_rows = _rows(q.new_zeros(*q.shape[:3], v.shape[3]) if grad_out is None else grad_out, k.shape[2])
+    lse_rows = None if grad_lse is None else _rows(grad_lse[..., None].to(wide), k.shape[2])
+    grad_q = torch.empty_like(q_rows)
+    grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (k_rows, v_rows))
+    buffer = _Buffer(q)
+    for block in blocks:
+        grad_block = grad_rows[block.pairs, block.rows]
+        p = _softmax(blocks.logits(block), block)
+        _add(grad_v, block, p.to(v.dtype).mT, grad_block)
+        grad_p = torch.bmm(grad_block, block.keys_of(v_rows).mT, out=buffer.of(*p.shape)).to(wide)
+        grad_logits = torch._softmax_backward_data(grad_p, p, -1, wide, grad_input=grad_p)
+        if lse_rows is not None:
+            grad_lse_block = lse_rows[block.pairs, block.rows]
+            if block.empty:  # merging two empty rows gives a NaN gradient for their -inf
+                grad_lse_block = grad_lse_block.masked_fill(p.amax(-1, keepdim=True) == 0, 0)
+            grad_logits.addcmul_(p, grad_lse_block)
+        grad_logits = grad_logits.to(q.dtype)
+        _add(grad_k, block, grad_logits.mT, q_rows[block.pairs, block.rows])
+        torch.bmm(grad_logits, block.keys_of(k_rows), out=grad_q[block.pairs, block.rows])
+    grad_q *= scale
+    return _unrows(grad_q, q), _unrows(grad_k, k).to(k.dtype), _unrows(grad_v, v).to(v.dtype)
 
 
-class _Visible:
-    """Which keys each query sees. Query i sees key j of its own document if j is not after it (causal) and is within
-    its window or among the sinks.
+class _Block(NamedTuple):
+    """A block of queries of some pairs of batch row and kv head, and the keys it is compared with.
 
-    position      `[rows, S]` of a key within its document, or among the real keys of its row
-    key_document  `[rows, S]`, query_document `[rows, T]`; a masked key has a document that no query has, and the
-                  other way round
+    pairs    of the `b*K`
+    rows     of the `T*G`
+    keys     one range, or the sinks and one range
+    hidden   `[queries, keys]`, for the last keys: -inf where a query does not see one, 0 elsewhere; None for all 0
+    empty    whether a query may see nothing at all
     """
+
+    pairs: slice
+    rows: slice
+    keys: list[slice]
+    hidden: Tensor | None
+    empty: bool
+
+    def keys_of(self, x: Tensor) -> Tensor:
+        """The block's keys of x `[b*K, S, D]`."""
+        parts = [x[self.pairs, part] for part in self.keys]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+class _Blocks:
+    """The blocks to go through, and their logits; q (scaled) and k are its rows, in at least float32."""
 
     def __init__(
         self,
         q: Tensor,
         k: Tensor,
+        scale: float,
         causal: bool,
         window: int | None,
         num_sinks: int,
         cu_seqlens: Tensor | None,
         key_mask: Tensor | None,
     ) -> None:
+        wide = torch.promote_types(q.dtype, torch.float32)
         batch, length, heads, _ = q.shape
-        key_length = k.shape[1]
+        key_length, self.kv_heads = k.shape[1:3]
+        self.shared = heads // self.kv_heads
+        self.q, self.k = _rows(q.to(wide) * scale, self.kv_heads), _rows(k.to(wide))
+        self.plain = causal and window is None and cu_seqlens is None and key_mask is None
+        # Each row of a padded batch sees its own keys; otherwise all rows see alike.
+        masks = [None] if key_mask is None else key_mask.unbind()
+        self.pairs = batch * self.kv_heads // len(masks)
+        self.visible = [
+            _Visible(length, key_length, causal, window, num_sinks, cu_seqlens, mask, q.device) for mask in masks
+        ]
+        self.empty = key_mask is not None
+        self.buffer = _Buffer(self.q)
+        self.triangle = self.q.new_full((MAX_QUERIES, MAX_QUERIES), -torch.inf).triu_(1)
+
+    def __iter__(self) -> Iterator[_Block]:
+        for i, visible in enumerate(self.visible):
+            span = max(1, visible.span) * self.shared
+            queries = max(16, min(MAX_QUERIES, 4 * MAX_LOGITS // span))
+            at_once = max(1, MAX_LOGITS // (span * queries))
+            for tokens, keys in visible.blocks(queries):
+                size = tokens.stop - tokens.start
+                if self.plain:
+                    hidden: Tensor | None = self.triangle[:size, :size]
+                else:
+                    hidden = visible.hidden(tokens, keys, self.q.dtype)
+                rows = slice(tokens.start * self.shared, tokens.stop * self.shared)
+                end = (i + 1) * self.pairs
+                for start in range(i * self.pairs, end, at_once):
+                    yield _Block(slice(start, min(start + at_once, end)), rows, keys, hidden, self.empty)
+
+    def logits(self, block: _Block) -> Tensor:
+        """`[pairs, queries*G, keys]`, -inf where a key is hidden; valid until the next block's."""
+        q, k = self.q[block.pairs, block.rows], block.keys_of(self.k)
+        logits = torch.bmm(q, k.mT, out=self.buffer.of(q.shape[0], q.shape[1], k.shape[1]))
+        if block.hidden is not None:
+            queries, keys = block.hidden.shape
+            logits.unflatten(1, (queries, self.shared))[..., logits.shape[-1] - keys :].add_(block.hidden[:, None])
+        return logits
+
+
+class _Buffer:
+    """Memory that one block after another uses: fresh memory costs a CPU more than the arithmetic in it."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.memory = like.new_empty(0)
+
+    def of(self, *shape: int) -> Tensor:
+        """A contiguous tensor of this shape, of whatever values."""
+        size = math.prod(shape)
+        if self.memory.numel() < size:
+            self.memory = self.memory.new_empty(max(size, MAX_LOGITS))
+        return self.memory[:size].view(shape)
+
+
+class _Visible:
+    """Which keys each query of one row sees. Query i sees key j of its own document if j is not after it (causal) and
+    is within its window or among the sinks.
+
+    position      `[S]` of a key within its document, or among the real keys of its row
+    key_document  `[S]`, query_document `[T]`; a masked key has a document that no query has, and the other way round
+    span          the most keys a query sees
+    """
+
+    def __init__(
+        self,
+        length: int,
+        key_length: int,
+        causal: bool,
+        window: int | None,
+        num_sinks: int,
+        cu_seqlens: Tensor | None,
+        key_mask: Tensor | None,
+        device: torch.device,
+    ) -> None:
         self.causal, self.window, self.num_sinks = causal, window, num_sinks
-        self.offset = key_length - length
-        index = torch.arange(key_length, device=q.device)
+        self.offset, self.key_length = key_length - length, key_length
+        index = torch.arange(key_length, device=device)
         start, stop = torch.zeros_like(index), torch.full_like(index, key_length)
-        self.position = index[None]
-        self.key_document = torch.zeros_like(self.position)
-        query_document = self.key_document
+        self.position = index
+        self.key_document = query_document = torch.zeros_like(index)
         if cu_seqlens is not None:
-            document = document_ids(cu_seqlens, key_length)
-            start, stop = cu_seqlens[document].long(), cu_seqlens[document + 1].long()
-            self.position = (index - start)[None]
-            self.key_document = query_document = document[None]
+            self.key_document = query_document = document_ids(cu_seqlens, key_length)
+            start, stop = cu_seqlens[query_document].long(), cu_seqlens[query_document + 1].long()
+            self.position = index - start
         if key_mask is not None:
-            self.position = key_mask.long().cumsum(1) - 1
+            self.position = key_mask.long().cumsum(0) - 1
             self.key_document = key_mask.long()
             query_document = torch.where(key_mask, 1, 2)
-        self.query_document = query_document[:, self.offset :]
+        self.query_document = query_document[self.offset :]
 
         # For each query: the first key of its document and window, and the end of the keys it may see. Sinks come
         # before the first key, from `start` on.
-        first, end = start, (index + 1 if causal else stop)
-        sink_end = start
+        first, end, sink_end = start, (index + 1 if causal else stop), start
         if window is not None:
             oldest = (self.position - window + 1).clamp_min(0)
-            first, sink_end = start + oldest[0], start + num_sinks
+            first, sink_end = start + oldest, start + num_sinks
             if key_mask is not None:
-                first = torch.minimum(torch.searchsorted(self.position, oldest).amin(0), index)
-                sinks = torch.full_like(self.position[:, :1], num_sinks)
-                sink_end = start + torch.searchsorted(self.position, sinks).amax()
+                first = torch.minimum(torch.searchsorted(self.position, oldest), index)
+                sink_end = torch.searchsorted(self.position, torch.full_like(index, num_sinks))
         sink_end = torch.minimum(sink_end, first)
-        span = int((end - first + sink_end - start).max())
-        size = max(16, min(256, MAX_LOGITS // (batch * heads * span)))
-        # A block's first query sees furthest back, its last one furthest ahead.
-        begins = torch.arange(self.offset, key_length, size, device=q.device)
-        lasts = (begins + size - 1).clamp_max(key_length - 1)
-        bounds = [begins, lasts + 1, start[begins], sink_end[begins], first[begins], end[lasts]]
-        self._blocks = torch.stack(bounds, 1).tolist()
+        self.bounds = torch.stack([start, sink_end, first, end])
+        self.span = int((end - first + sink_end - start).max())
 
-    def blocks(self) -> Iterator[tuple[slice, list[slice]]]:
-        """`(queries, keys)`, where keys are one range, or the sinks and one range."""
-        for begin, end, sink, sink_end, first, last in self._blocks:
+    def blocks(self, size: int) -> Iterator[tuple[slice, list[slice]]]:
+        """`(queries, keys)`, `size` queries at a time; keys are one range, or the sinks and one range."""
+        begins = torch.arange(self.offset, self.key_length, size, device=self.bounds.device)
+        lasts = (begins + size - 1).clamp_max(self.key_length - 1)
+        # A block's first query sees furthest back, its last one furthest ahead.
+        bounds = [begins, lasts + 1, *self.bounds[:3, begins], self.bounds[3, lasts]]
+        for begin, end, sink, sink_end, first, last in torch.stack(bounds, 1).tolist():
             keys = [slice(sink, sink_end), slice(first, last)]
             yield slice(begin - self.offset, end - self.offset), keys[sink == sink_end :]
 
-    def mask(self, queries: slice, keys: list[slice]) -> Tensor:
-        """bool `[rows, 1, 1, queries, keys]`."""
-        own = self.position[:, queries.start + self.offset : queries.stop + self.offset, None]
-        position = torch.cat([self.position[:, x] for x in keys], 1)[:, None]
-        document = torch.cat([self.key_document[:, x] for x in keys], 1)[:, None]
-        mask = self.query_document[:, queries, None] == document
+    def hidden(self, queries: slice, keys: list[slice], dtype: torch.dtype) -> Tensor | None:
+        """`[queries, keys]`, -inf where a query does not see a key and 0 elsewhere; None where all see all."""
+        own = self.position[queries.start + self.offset : queries.stop + self.offset, None]
+        position = torch.cat([self.position[part] for part in keys])
+        document = torch.cat([self.key_document[part] for part in keys])
+        hidden = self.query_document[queries, None] != document
         if self.causal:
-            mask &= position <= own
+            hidden |= position > own
         if self.window is not None:
-            mask &= (own - position < self.window) | (position < self.num_sinks)
-        return mask[:, None, None]
+            hidden |= (own - position >= self.window) & (position >= self.num_sinks)
+        if not hidden.any():
+            return None
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
 
-def _logits(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """`[b, kv_heads, G*queries, keys]`, -inf where the mask is False."""
-    logits = q @ k.transpose(-1, -2)
-    logits.unflatten(2, (-1, mask.shape[3])).masked_fill_(~mask, -torch.inf)
-    return logits
+def _softmax(logits: Tensor, block: _Block) -> Tensor:
+    """In place; a row that sees nothing has zeros."""
+    p = torch._softmax(logits, -1, False, out=logits)
+    return p.nan_to_num_(0.0) if block.empty else p
 
 
-def _finite(x: Tensor) -> Tensor:
-    """A row that sees nothing has -inf, which would give NaN when subtracted from itself."""
-    return x.masked_fill(x.isneginf(), 0)
+def _rows(x: Tensor, kv_heads: int | None = None) -> Tensor:
+    """`[b, T, H, D]` to `[b*K, T*G, D]`; without `kv_heads`, K is H."""
+    grouped = x.unflatten(2, (kv_heads or x.shape[2], -1))
+    return grouped.transpose(1, 2).reshape(-1, x.shape[1] * grouped.shape[3], x.shape[3])
 
 
-def _heads_first(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).contiguous()
+def _unrows(rows: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_rows`: `[b, T, H, D]` with the first three of `like`."""
+    batch, length, heads, _ = like.shape
+    grouped = rows.view(batch, -1, length, rows.shape[1] // length, rows.shape[2])
+    return grouped.transpose(1, 2).reshape(batch, length, heads, rows.shape[2])
 
 
-def _group(x: Tensor, queries: slice, kv_heads: int) -> Tensor:
-    """`[b, T, H, D]` to `[b, kv_heads, G*queries, D]`, for one matmul per kv head."""
-    return x[:, queries].unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-
-
-def _ungroup(x: Tensor, queries: slice) -> Tensor:
-    """The inverse of `_group`."""
-    return x.unflatten(2, (-1, queries.stop - queries.start)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
-def _take(x: Tensor, keys: list[slice]) -> Tensor:
-    return torch.cat([x[:, :, part] for part in keys], 2) if len(keys) > 1 else x[:, :, keys[0]]
-
-
-def _add(total: Tensor, keys: list[slice], x: Tensor) -> None:
-    for part, piece in zip(keys, x.split([part.stop - part.start for part in keys], 2), strict=True):
-        total[:, :, part] += piece
+def _add(total: Tensor, block: _Block, a: Tensor, b: Tensor) -> None:
+    """total += a @ b at the block's keys."""
+    parts = [part.stop - part.start for part in block.keys]
+    for part, piece in zip(block.keys, a.split(parts, 1), strict=True):
+        if a.dtype == total.dtype:
+            total[block.pairs, part].baddbmm_(piece, b)
+        else:
+            total[block.pairs, part] += torch.bmm(piece, b)
 
 
 @_forward.register_fake
@@ -261,13 +343,16 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    scale: float,
     causal: bool,
     window: int | None,
     num_sinks: int,
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])
+    lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(*q.shape[:3], v.shape[3]), lse
 
 
 @_backward.register_fake
@@ -277,28 +362,28 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    scale: float,
     causal: bool,
     window: int | None,
     num_sinks: int,
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Strides as the real one gives them: q's own, k and v contiguous.
-    return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.causal, ctx.window, ctx.num_sinks, cu_seqlens, key_mask = inputs
+    q, k, v, *ctx.options, cu_seqlens, key_mask, return_lse = inputs
+    if not return_lse:
+        ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, key_mask)
+    ctx.save_for_backward(q, k, v, cu_seqlens, key_mask)
 
 
 def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    *tensors, cu_seqlens, key_mask = ctx.saved_tensors
-    grads = _backward(grad_out, grad_lse, *tensors, ctx.causal, ctx.window, ctx.num_sinks, cu_seqlens, key_mask)
-    return *grads, None, None, None, None, None
+    q, k, v, cu_seqlens, key_mask = ctx.saved_tensors
+    grads = _backward(grad_out, grad_lse, q, k, v, *ctx.options, cu_seqlens, key_mask)
+    return *grads, None, None, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
