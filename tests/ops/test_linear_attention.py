@@ -12,6 +12,7 @@ from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttenti
 
 from tests.ops.helpers import relative_error
 from zoo.ops import backend, linear_attention
+from zoo.ops.linear_attention import chunked
 
 NAMES = ("q", "k", "v", "log_decay", "initial_state")
 
@@ -274,11 +275,16 @@ def test_backward_keeps_no_score_matrices():
     assert sum(sizes.values()) < 1.2 * (inputs + states)
 
 
-def test_compiles_into_one_graph():
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 30, 30, 31, 100]])
+def test_compiles_into_one_graph(cu_seqlens):
     q, k, v, g, state = (x.float().requires_grad_() for x in make_inputs(1, 100, 1, 2, 4, 4, "token"))
+    if cu_seqlens is not None:
+        cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
+        state = torch.randn(4, *state.shape[1:], requires_grad=True)
 
     def run(*inputs):
-        out, final = linear_attention(*inputs[:4], scale=0.5, initial_state=inputs[4], return_state=True)
+        options = dict(initial_state=inputs[4], return_state=True, cu_seqlens=cu_seqlens)
+        out, final = linear_attention(*inputs[:4], scale=0.5, **options)
         return out.sin().sum() + final.cos().sum()
 
     inputs = (q, k, v, g, state)
@@ -288,6 +294,18 @@ def test_compiles_into_one_graph():
     assert relative_error(got, expected) < 1e-5
     for a, b in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True):
         assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("decay", ["head", "token"])
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 5, 5, 70]])
+def test_operator_contracts(decay, cu_seqlens):
+    """Fake shapes, aliasing and the autograd registration, as torch.library checks them."""
+    q, k, v, g, state = (x.requires_grad_() for x in make_inputs(1, 70, 1, 2, 4, 4, decay))
+    if cu_seqlens is not None:
+        cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
+        state = torch.randn(3, *state.shape[1:], dtype=state.dtype, requires_grad=True)
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(chunked._forward, (q, k, v, g, state, cu_seqlens, True), test_utils=utils)
 
 
 def test_shapes_on_the_meta_device():

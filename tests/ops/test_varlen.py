@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.ops.varlen import DocumentChunks, RowChunks, check_cu_seqlens, document_ids
+from zoo.ops.varlen import DocumentChunks, RowChunks, check_cu_seqlens, document_ids, max_chunks
 
 
 def int32(*values):
@@ -39,13 +39,14 @@ def test_document_ids_skip_empty_documents():
 def test_row_chunks():
     layout = RowChunks(2, 10, 4, torch.device("cpu"))
     assert layout.chunk == 4
-    assert layout.tokens.tolist() == [4, 4, 2, 4, 4, 2]
-    assert layout.first.tolist() == [0, 3] and layout.last.tolist() == [2, 5]
+    assert layout.positions == 3 and layout.lanes == 2
+    assert layout.tokens.tolist() == [4, 4, 4, 4, 2, 2]
+    assert layout.starts == {0: slice(0, 2)} and layout.ends == {2: slice(0, 2)}
     x = torch.arange(1.0, 2 * 10 * 3 + 1).view(2, 10, 3, 1)
     spread = layout.spread(x)
-    assert spread.shape == (3, 6, 4, 1)
-    assert torch.equal(spread[1, 4, :, 0], x[1, 4:8, 1, 0])
-    assert spread[:, 2, 2:].count_nonzero() == spread[:, 5, 2:].count_nonzero() == 0
+    assert spread.shape == (6, 3, 4, 1)
+    assert torch.equal(spread[3, 1, :, 0], x[1, 4:8, 1, 0])
+    assert spread[4:, :, 2:].count_nonzero() == 0
     assert torch.equal(layout.gather(spread), x)
 
 
@@ -53,16 +54,15 @@ def test_document_chunks():
     layout = DocumentChunks(int32(0, 5, 5, 6, 16), 16, 4)
     assert layout.chunk == 4
     assert layout.tokens.tolist() == [4, 1, 1, 4, 4, 2]
-    assert layout.first.tolist() == [0, 2, 3] and layout.last.tolist() == [1, 2, 5]
+    assert layout.positions == 6 <= max_chunks(16, 4, 4)
+    assert layout.starts == {0: slice(0, 1), 2: slice(2, 3), 3: slice(3, 4)}
+    assert layout.ends == {1: slice(0, 1), 2: slice(2, 3), 5: slice(3, 4)}
     x = torch.arange(1.0, 16 * 3 + 1).view(1, 16, 3, 1)
     spread = layout.spread(x)
-    assert spread.shape == (3, 6, 4, 1)
-    assert torch.equal(spread[1, 3, :, 0], x[0, 6:10, 1, 0])
-    assert spread[0, :, :, 0].count_nonzero(-1).tolist() == layout.tokens.tolist()
+    assert spread.shape == (6, 3, 4, 1)
+    assert torch.equal(spread[3, 1, :, 0], x[0, 6:10, 1, 0])
+    assert spread[:, 0, :, 0].count_nonzero(-1).tolist() == layout.tokens.tolist()
     assert torch.equal(layout.gather(spread), x)
-    states = torch.arange(4.0)
-    assert layout.enter(states).tolist() == [0, 2, 3]
-    assert layout.leave(10 + layout.enter(states), states).tolist() == [10, 1, 12, 13]
 
 
 @pytest.mark.parametrize(("documents", "mean"), [(1000, 1), (300, 3), (50, 20), (7, 63), (3, 1000)])
@@ -73,4 +73,5 @@ def test_padding_stays_within_three_times_the_tokens(documents, mean):
     length = int(bounds[-1])
     layout = DocumentChunks(bounds, length, 64)
     assert length <= len(layout.tokens) * layout.chunk <= 3 * length
+    assert len(layout.tokens) == layout.positions <= max_chunks(length, documents, 64)
     assert int(layout.tokens.sum()) == length

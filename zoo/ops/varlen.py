@@ -38,42 +38,38 @@ class RowChunks:
     """Rows cut into chunks of equal size, each row a document of its own whose last chunk is padded with zeros.
 
     chunk    tokens in a chunk
+    lanes    documents that run side by side: chunks `lanes * p` to `lanes * p + lanes - 1` stand at position p
     tokens   `[chunks]` int64, how many of each chunk's tokens are not padding
-    first    `[n]` int64, the chunk where each document begins
-    last     `[n]` int64, the chunk where each document ends
+    starts   position -> the rows of the state whose documents begin there
+    ends     position -> the rows of the state whose documents end there
     """
 
     def __init__(self, batch: int, length: int, max_chunk: int, device: torch.device) -> None:
-        self.batch, self.length, self.chunk = batch, length, _chunk_for(length, max_chunk)
-        self.per_row = -(-length // self.chunk)
-        starts = torch.arange(0, length, self.chunk, device=device)
-        self.tokens = (length - starts).clamp(max=self.chunk).repeat(batch)
-        self.first = torch.arange(batch, device=device) * self.per_row
-        self.last = self.first + self.per_row - 1
+        self.lanes, self.length, self.chunk = batch, length, _chunk_for(length, max_chunk)
+        self.positions = -(-length // self.chunk)
+        begins = torch.arange(0, length, self.chunk, device=device)
+        self.tokens = (length - begins).clamp(max=self.chunk).repeat_interleave(batch)
+        self.starts = {0: slice(0, batch)}
+        self.ends = {self.positions - 1: slice(0, batch)}
 
     def spread(self, x: Tensor) -> Tensor:
-        """`[batch, length, heads, dim]` to `[heads, chunks, chunk, dim]`."""
-        padding = self.per_row * self.chunk - self.length
+        """`[batch, length, heads, dim]` to `[chunks, heads, chunk, dim]`, contiguous."""
+        padding = self.positions * self.chunk - self.length
         if padding:
             x = functional.pad(x, (0, 0, 0, 0, 0, padding))
-        return x.unflatten(1, (self.per_row, self.chunk)).permute(3, 0, 1, 2, 4).flatten(1, 2).contiguous()
+        return x.unflatten(1, (self.positions, self.chunk)).permute(1, 0, 3, 2, 4).flatten(0, 1).contiguous()
 
     def gather(self, x: Tensor) -> Tensor:
         """The inverse of `spread`."""
-        rows = x.unflatten(1, (self.batch, self.per_row)).permute(1, 2, 3, 0, 4).flatten(1, 2)
-        return rows[:, : self.length]
-
-    def enter(self, initial_state: Tensor) -> Tensor:
-        """The rows of `initial_state` whose documents have chunks, in the order of `first`."""
-        return initial_state
-
-    def leave(self, state: Tensor, initial_state: Tensor) -> Tensor:
-        """The final states of all documents, from those that have chunks."""
-        return state
+        rows = x.unflatten(0, (self.positions, self.lanes)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+        return rows[:, : self.length].contiguous()
 
 
 class DocumentChunks:
-    """As RowChunks, for documents packed into one row: each begins a chunk. An empty document has none."""
+    """As RowChunks, for documents packed into one row: each begins a chunk, and they follow each other in one lane. An
+    empty document has no chunk."""
+
+    lanes = 1
 
     def __init__(self, cu_seqlens: Tensor, length: int, max_chunk: int) -> None:
         lengths = cu_seqlens.diff().long()
@@ -81,28 +77,27 @@ class DocumentChunks:
         self.chunk = _chunk_for(length // len(lengths), max_chunk)
         counts = (lengths + self.chunk - 1) // self.chunk
         ends = counts.cumsum(0)
-        self.full = lengths.nonzero()[:, 0]
-        self.first = (ends - counts)[self.full]
-        self.last = ends[self.full] - 1
-        self.tokens = torch.full((int(ends[-1]),), self.chunk, device=cu_seqlens.device)
-        self.tokens[self.last] = (lengths[self.full] - 1) % self.chunk + 1
+        full = lengths.nonzero()[:, 0]
+        first, last = (ends - counts)[full], ends[full] - 1
+        self.positions = int(ends[-1])
+        self.starts = {p: slice(i, i + 1) for p, i in zip(first.tolist(), full.tolist(), strict=True)}
+        self.ends = {p: slice(i, i + 1) for p, i in zip(last.tolist(), full.tolist(), strict=True)}
+        self.tokens = torch.full((self.positions,), self.chunk, device=cu_seqlens.device)
+        self.tokens[last] = (lengths[full] - 1) % self.chunk + 1
         documents = document_ids(cu_seqlens, length)
         positions = torch.arange(length, device=cu_seqlens.device) - cu_seqlens[documents]
         self.slot = (ends - counts)[documents] * self.chunk + positions
 
     def spread(self, x: Tensor) -> Tensor:
-        """`[1, length, heads, dim]` to `[heads, chunks, chunk, dim]`."""
-        slots = x.new_zeros(x.shape[2], len(self.tokens) * self.chunk, x.shape[3])
-        return slots.index_copy(1, self.slot, x[0].transpose(0, 1)).unflatten(1, (-1, self.chunk))
+        """`[1, length, heads, dim]` to `[chunks, heads, chunk, dim]`, contiguous."""
+        slots = x.new_zeros(self.positions * self.chunk, *x.shape[2:]).index_copy_(0, self.slot, x[0])
+        return slots.unflatten(0, (self.positions, self.chunk)).transpose(1, 2).contiguous()
 
     def gather(self, x: Tensor) -> Tensor:
         """The inverse of `spread`."""
-        return x.flatten(1, 2).transpose(0, 1).index_select(0, self.slot)[None]
+        return x.transpose(1, 2).flatten(0, 1).index_select(0, self.slot)[None]
 
-    def enter(self, initial_state: Tensor) -> Tensor:
-        """The rows of `initial_state` whose documents have chunks, in the order of `first`."""
-        return initial_state[self.full]
 
-    def leave(self, state: Tensor, initial_state: Tensor) -> Tensor:
-        """The final states of all documents: an empty one has its initial state."""
-        return initial_state.index_copy(0, self.full, state)
+def max_chunks(length: int, documents: int, max_chunk: int) -> int:
+    """At least as many chunks as DocumentChunks makes, whatever the documents' lengths."""
+    return length // _chunk_for(length // documents, max_chunk) + documents
