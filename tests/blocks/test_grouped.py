@@ -19,7 +19,7 @@ def test_equals_a_loop(dtype, K, N, counts, transposed):
     x = random_input(rows, K, dtype=dtype).requires_grad_()
     weight = random_input(*((groups, N, K) if transposed else (groups, K, N)), dtype=dtype).requires_grad_()
     matrices = weight.transpose(1, 2) if transposed else weight
-    out = grouped_mm(x, matrices, ends)
+    out = grouped_mm(x, weight, ends, transposed)
     assert out.shape == (rows, N) and out.dtype == dtype
     grad = random_input(rows, N, dtype=dtype, seed=2)
     gradients = torch.autograd.grad(out, [x, weight], grad)

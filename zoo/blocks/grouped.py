@@ -15,20 +15,25 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 @torch.library.custom_op("zoo::grouped_mm", mutates_args=())
-def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """`x` `[rows, K]` times `weight` `[groups, K, N]`, the rows before `ends[0]` with the first group's matrix, and so
-    on; `ends` is int32 `[groups]`. Returns `[rows, N]`."""
-    if not _fits(x.dtype, x.shape[1], weight.shape[2]):
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool = True) -> Tensor:
+    """`x` `[rows, K]` times the transposes of `weight` `[groups, N, K]`, as nn.Linear keeps it: the rows before
+    `ends[0]` with the first group's, and so on; `ends` is int32 `[groups]`. Returns `[rows, N]`.
+
+    Without `transposed`, weight is `[groups, K, N]`.
+    """
+    if transposed:
+        weight = weight.transpose(1, 2)
+    if not _fits(x.dtype, *weight.shape[1:]):
         return torch.cat([rows @ group for rows, group in zip(_split(x, ends), weight, strict=True)])
     return F.grouped_mm(x, weight, offs=ends).contiguous()
 
 
 @torch.library.custom_op("zoo::grouped_mm_weight_gradient", mutates_args=())
-def _weight_gradient(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
-    """`[groups, K, N]` from `x` `[rows, K]` and `grad` `[rows, N]`."""
+def _weight_gradient(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """`[groups, N, K]` from `grad` `[rows, N]` and `x` `[rows, K]`."""
     if not _fits(x.dtype, x.shape[1], grad.shape[1]):
-        return torch.stack([a.T @ b for a, b in zip(_split(x, ends), _split(grad, ends), strict=True)])
-    return F.grouped_mm(x.T, grad, offs=ends).contiguous()
+        return torch.stack([a.T @ b for a, b in zip(_split(grad, ends), _split(x, ends), strict=True)])
+    return F.grouped_mm(grad.T, x, offs=ends).contiguous()
 
 
 def _fits(dtype: torch.dtype, *widths: int) -> bool:
@@ -41,29 +46,36 @@ def _split(x: Tensor, ends: Tensor) -> list[Tensor]:
 
 
 @grouped_mm.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[2])
+def _(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool = True) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1 if transposed else 2])
 
 
 @_weight_gradient.register_fake
-def _(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
-    return x.new_empty(ends.shape[0], x.shape[1], grad.shape[1])
+def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.transposed = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, ends = ctx.saved_tensors
     grad = grad.contiguous()
-    return grouped_mm(grad, weight.transpose(1, 2), ends), _weight_gradient(x, grad, ends), None
+    # The gradient has the layout of the weight: accumulating a transposed one costs more than multiplying it.
+    pair = (grad, x) if ctx.transposed else (x, grad)
+    return grouped_mm(grad, weight, ends, not ctx.transposed), _weight_gradient(*pair, ends), None, None
 
 
 grouped_mm.register_autograd(_differentiate, setup_context=_save)
 
 
-@register_flop_formula([torch.ops.zoo.grouped_mm, torch.ops.zoo.grouped_mm_weight_gradient])
-def _flops(a_shape: tuple[int, ...], b_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Both multiply every row's K by N: `[rows, K]` with `[groups, K, N]`, and with `[rows, N]`."""
-    return 2 * a_shape[0] * a_shape[1] * b_shape[-1]
+@register_flop_formula(torch.ops.zoo.grouped_mm)
+def _flops(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return 2 * x_shape[0] * weight_shape[1] * weight_shape[2]
+
+
+@register_flop_formula(torch.ops.zoo.grouped_mm_weight_gradient)
+def _weight_gradient_flops(grad_shape: tuple[int, ...], x_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return 2 * x_shape[0] * x_shape[1] * grad_shape[1]

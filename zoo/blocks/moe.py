@@ -13,18 +13,19 @@ Tokens are sorted by expert, so that each expert is one slice of one grouped mat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 
 from zoo.blocks.base import FeedForward, FeedForwardConfig, RouterStatistics
 from zoo.blocks.context import SequenceContext
 from zoo.blocks.grouped import grouped_mm
 from zoo.blocks.linear import in_projection, out_projection_std
-from zoo.blocks.mlp import ACTIVATIONS, MLP, Activation, MLPConfig
+from zoo.blocks.mlp import MLP, Activation, MLPConfig, gated
 from zoo.schema import Count, FieldError, NonNegative, Size
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Experts(nn.Module):
         experts, inner, hidden = config.num_experts, config.intermediate_size, model.hidden_size
         self.std_in = model.initializer_range
         self.std_out = out_projection_std(model)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = config.activation
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
         self.reset_parameters()
@@ -93,9 +94,8 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """`x` `[rows, hidden]` sorted by expert, in the dtype to compute in; `ends` int32 `[experts]`, where each
         expert's rows end."""
-        gate_up = grouped_mm(x, self.gate_up_proj.to(x.dtype).transpose(1, 2), ends)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return grouped_mm(self.activation(gate) * up, self.down_proj.to(x.dtype).transpose(1, 2), ends)
+        gate_up = grouped_mm(x, self.gate_up_proj.to(x.dtype), ends)
+        return grouped_mm(gated(self.activation, gate_up), self.down_proj.to(x.dtype), ends)
 
 
 class Assignment(NamedTuple):
@@ -138,6 +138,51 @@ def assign(chosen: Tensor, num_experts: int, round_up: bool) -> Assignment:
     return Assignment(order[sources] // top_k, places.view_as(chosen), ends.int())
 
 
+class _Spread(torch.autograd.Function):
+    """Tokens `[tokens, hidden]` to rows `[rows, hidden]`. Backwards, each token gathers from its rows: a gather is
+    several times as fast as index_select's own scatter, and does not depend on the order of additions."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return tokens.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        total = grad.index_select(0, places[:, 0])
+        for place in places.unbind(1)[1:]:
+            total += grad.index_select(0, place)
+        return total, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """y_t = sum_k weight_tk row_(place tk): rows `[rows, hidden]` and weights `[tokens, top_k]` to `[tokens, hidden]`,
+    in the rows' dtype, summed in that of the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, weights: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(out, weights, rows, places)
+        parts = zip(weights.split(1, dim=1), places.unbind(1), strict=True)
+        weight, place = next(parts)
+        y = out.index_select(0, place) * weight
+        for weight, place in parts:
+            y.addcmul_(out.index_select(0, place), weight)
+        return y.to(out.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, weights, rows, places = ctx.saved_tensors
+        # Rows that only fill up an expert's share stand for no copy: their weight is 0.
+        row_weights = weights.new_zeros(len(rows)).scatter_(0, places.flatten(), weights.flatten())
+        grad_out = (grad.index_select(0, rows) * row_weights[:, None]).to(out.dtype)
+        grad = grad.to(weights.dtype)
+        grad_weights = torch.stack([(out.index_select(0, place) * grad).sum(-1) for place in places.unbind(1)], 1)
+        return grad_out, grad_weights, None, None
+
+
 class MoE(FeedForward):
     def __init__(self, config: MoEConfig, model: ZooConfig, layer_idx: int) -> None:
         super().__init__()
@@ -157,9 +202,8 @@ class MoE(FeedForward):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         jit = device == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling()
         rows, places, ends = assign(chosen, self.config.num_experts, round_up=jit)
-        out = self.experts(tokens.to(dtype).index_select(0, rows), ends)
-        copies = out.index_select(0, places.flatten()).unflatten(0, places.shape)
-        y = torch.einsum("tk,tkh->th", weights.to(copies.dtype), copies)
+        out = self.experts(_Spread.apply(tokens.to(dtype), rows, places), ends)
+        y = _Combine.apply(out, weights, rows, places)
         if self.shared is not None:
             y = y + self.shared(tokens, context)[0]
         return context.unpack(y.view(packed.shape)), statistics
@@ -189,5 +233,4 @@ class MoE(FeedForward):
     def flops(self, batch: int, length: int) -> int:
         per_token = self.num_active_params() - (self.shared.num_params() if self.shared is not None else 0)
         shared = self.shared.flops(batch, length) if self.shared is not None else 0
-        combine = self.config.top_k * self.router.in_features  # the weighted sum of the experts' outputs
-        return 2 * batch * length * (per_token + combine) + shared
+        return 2 * batch * length * per_token + shared
