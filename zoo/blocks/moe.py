@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from zoo.config import ZooConfig
 
 
+FEW_COPIES = 8  # up to which a decoding step goes through its experts one by one
+
+
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """`router:` of a mixture of experts.
@@ -96,6 +99,11 @@ class Experts(nn.Module):
         expert's rows end."""
         gate_up = grouped_mm(x, self.gate_up_proj.to(x.dtype), ends)
         return grouped_mm(gated(self.activation, gate_up), self.down_proj.to(x.dtype), ends)
+
+    def one(self, token: Tensor, expert: int) -> Tensor:
+        """One expert for one token: `[hidden]` to `[hidden]`."""
+        gate_up = F.linear(token, self.gate_up_proj[expert])
+        return F.linear(gated(self.activation, gate_up), self.down_proj[expert])
 
 
 class Assignment(NamedTuple):
@@ -197,7 +205,10 @@ class MoE(FeedForward):
     def forward(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, RouterStatistics | None]:
         packed, _ = context.pack(x)  # padding is neither routed nor counted
         tokens = packed.flatten(0, 1)
-        weights, chosen, statistics = self._route(tokens)
+        few = x.shape[1] == 1 and len(tokens) * self.config.top_k <= FEW_COPIES
+        if few and x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return context.unpack(self._decode(tokens, context).view(packed.shape)), None
+        probabilities, weights, chosen, logits = self._route(tokens)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         jit = device == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling()
@@ -206,10 +217,27 @@ class MoE(FeedForward):
         y = _Combine.apply(out, weights, rows, places)
         if self.shared is not None:
             y = y + self.shared(tokens, context)[0]
+        statistics = RouterStatistics(
+            tokens=logits.new_full((), tokens.shape[0]),
+            assignments=F.one_hot(chosen, self.config.num_experts).sum((0, 1)).to(logits.dtype),
+            probabilities=probabilities.sum(0),
+            squared_log_z=logits.logsumexp(-1).square().sum(),
+        )
         return context.unpack(y.view(packed.shape)), statistics
 
-    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor, RouterStatistics]:
-        """Weights and indices `[tokens, top_k]` of the chosen experts, and what the losses need."""
+    def _decode(self, tokens: Tensor, context: SequenceContext) -> Tensor:
+        """The same for the next token of a few rows, without statistics: sorting and grouping would take longer than
+        multiplying does."""
+        _, weights, chosen, _ = self._route(tokens)
+        y = torch.zeros_like(tokens) if self.shared is None else self.shared(tokens, context)[0]
+        rows = zip(y.unbind(), tokens.unbind(), weights.to(y.dtype).unbind(), chosen.tolist(), strict=True)
+        for total, token, row_weights, experts in rows:
+            for weight, expert in zip(row_weights.unbind(), experts, strict=True):
+                total.addcmul_(self.experts.one(token, expert), weight)
+        return y
+
+    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Probabilities `[tokens, experts]`, weights and indices `[tokens, top_k]` of those chosen, and the logits."""
         wide = torch.promote_types(tokens.dtype, torch.float32)
         with torch.autocast(tokens.device.type, enabled=False):
             logits = F.linear(tokens.to(wide), self.router.weight.to(wide))
@@ -217,13 +245,7 @@ class MoE(FeedForward):
         weights, chosen = probabilities.topk(self.config.top_k, dim=-1)
         if self.config.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        statistics = RouterStatistics(
-            tokens=logits.new_full((), tokens.shape[0]),
-            assignments=F.one_hot(chosen, self.config.num_experts).sum((0, 1)).to(wide),
-            probabilities=probabilities.sum(0),
-            squared_log_z=logits.logsumexp(-1).square().sum(),
-        )
-        return weights, chosen, statistics
+        return probabilities, weights, chosen, logits
 
     def num_active_params(self) -> int:
         idle = self.config.num_experts - self.config.top_k
