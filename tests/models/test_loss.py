@@ -11,7 +11,15 @@ from zoo import build
 from zoo.models import loss as loss_module
 from zoo.models.loss import IGNORE_INDEX, chunked_cross_entropy, linear_cross_entropy
 
-IMPLEMENTATIONS = [linear_cross_entropy, chunked_cross_entropy]
+
+def without_logits(*arguments):
+    """linear_cross_entropy as it is for more logits than it would hold."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_module, "FEW_LOGITS", 0)
+        return linear_cross_entropy(*arguments)
+
+
+IMPLEMENTATIONS = [linear_cross_entropy, without_logits, chunked_cross_entropy]
 
 
 def problem(count, vocab, hidden=12, dtype=torch.float32, ignored=0.3):

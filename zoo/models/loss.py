@@ -13,6 +13,7 @@ from zoo.blocks import RouterStatistics
 from zoo.blocks.moe import MoEConfig
 
 IGNORE_INDEX = -100
+FEW_LOGITS = 2**22  # so many (16 MB in float32) may be held for the backward pass: faster than computing them again
 CHUNK_ELEMENTS = 2**24  # logits in memory at once, in the fallback: 64 MB in float32
 
 
@@ -27,6 +28,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if len(hidden) * len(weight) <= FEW_LOGITS:
+        return _cross_entropy(hidden, weight, labels)
     if hasattr(F, "linear_cross_entropy") and torch.is_grad_enabled():
         with torch.autocast(device, enabled=False):
             losses = F.linear_cross_entropy(
@@ -46,13 +49,19 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Ten
     backward pass."""
     tokens = max(1, CHUNK_ELEMENTS // weight.shape[0])
 
-    def part(h: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy((h @ weight.T).float(), y, reduction="sum", ignore_index=IGNORE_INDEX)
-
     total = hidden.new_zeros((), dtype=torch.float32)
     for h, y in zip(hidden.split(tokens), labels.split(tokens), strict=True):
-        total = total + (checkpoint(part, h, y, use_reentrant=False) if torch.is_grad_enabled() else part(h, y))
+        if torch.is_grad_enabled():
+            total = total + checkpoint(_cross_entropy, h, weight, y, use_reentrant=False)
+        else:
+            total = total + _cross_entropy(h, weight, y)
     return total
+
+
+def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = F.linear(hidden, weight)
+    return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORE_INDEX)
 
 
 def router_loss(routers: Sequence[tuple[MoEConfig, RouterStatistics]]) -> Tensor | None:
