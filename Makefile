@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Installed again whenever what is to be installed changes.
 READY := $(VENV)/.ready
 
-.PHONY: train test lint conformance memory clean
+.PHONY: train test lint conformance benchmarks clean
 
 train: $(READY)
 	$(BIN)/python train.py fit --config $(CONFIG)
@@ -23,9 +23,9 @@ lint: $(READY)
 conformance: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/conformance --write-conformance
 
-# Peak memory per token at 16,384 tokens against 4,096, into benchmarks/results.
-memory: $(READY)
-	$(BIN)/python -m benchmarks.memory
+# Every figure of docs/performance.md on this CPU, and the page. Nothing else should run meanwhile.
+benchmarks: $(READY)
+	for verb in ops train decode length report; do $(BIN)/python -m benchmarks $$verb || exit 1; done
 
 # torch first and alone: with no torch installed, another package's range would pull the CUDA build.
 $(READY): pyproject.toml constraints.txt

@@ -1,37 +1,102 @@
-"""What a figure depends on: the machine and the versions; and where results are written."""
+"""What a figure depends on, and the file it lies in: results/<machine>.json, one section for each verb.
+
+{"machine": ..., "peaks": ..., "ops": [row], "train": [row], "decode": [row], "length": [row]}
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 RESULTS = Path(__file__).parent / "results"
+SECTIONS = ("ops", "train", "decode", "length")
+# What a row is about: a new measurement of the same replaces the old one.
+IDENTITY = ("what", "pass", "dtype", "shape")
+PACKAGES = ("torch", "transformers", "triton", "fla-core", "mamba-ssm", "causal-conv1d")
 
 
-def describe() -> dict[str, Any]:
-    """The machine and the versions that a result file states."""
+def device_name(device: str) -> str:
+    """The GPU's name, or the CPU's with the number of its cores here."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
     with open("/proc/cpuinfo") as file:
         names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def describe(device: str) -> dict[str, Any]:
+    """The machine that a result file is about."""
     return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "device": torch.device(device).type,
+        "name": device_name(device),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "cuda": torch.version.cuda if torch.device(device).type == "cuda" else None,
     }
 
 
-def write(name: str, result: dict[str, Any]) -> Path:
-    """Write `results/<name>.json`: the result beside the machine it was measured on."""
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": describe(), **result}, indent=2) + "\n")
-    return path
+def versions() -> dict[str, Any]:
+    """What a row was measured with: threads and versions, of those packages that are here."""
+    found: dict[str, Any] = {"threads": torch.get_num_threads()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def path(device: str, folder: Path = RESULTS) -> Path:
+    """`results/nvidia-h200.json`."""
+    return folder / f"{slug(device_name(device))}.json"
+
+
+def slug(name: str) -> str:
+    """`NVIDIA H200` as a file's name: `nvidia-h200`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A result file; empty sections where there is none yet."""
+    empty = {section: [] for section in SECTIONS}
+    return empty | json.loads(file.read_text()) if file.exists() else empty
+
+
+def read_all(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Every machine's results, those of CPUs first."""
+    found = [read(file) for file in sorted(folder.glob("*.json"))]
+    return sorted(found, key=lambda results: results["machine"]["device"] != "cpu")
+
+
+def identity(row: dict[str, Any]) -> str:
+    return json.dumps([row[name] for name in IDENTITY], sort_keys=True)
+
+
+def record(file: Path, device: str, peaks: dict[str, float], section: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Puts `rows` into the file in place of those with the same identity; the others stay."""
+    results = read(file)
+    kept = {identity(row): row for row in (*results[section], *rows)}
+    results[section] = sorted(kept.values(), key=_order)
+    write(file, {"machine": describe(device), "peaks": peaks} | {name: results[name] for name in SECTIONS})
+
+
+def write(file: Path, content: dict[str, Any]) -> None:
+    """Writes JSON whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(file)
+
+
+def _order(row: dict[str, Any]) -> list[Any]:
+    """Fixed, so that a repeated run changes figures and nothing else."""
+    shape = row["shape"]
+    numbers = [shape.get(name) or 0 for name in ("width", "length", "batch")]
+    return [row["what"], str(shape.get("variant")), numbers, row["pass"], row["dtype"] != "float32", identity(row)]

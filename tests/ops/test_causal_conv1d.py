@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.ops.helpers import relative_error
+from tests.ops.helpers import poisoned_memory, relative_error
 from zoo.ops import backend, causal_conv1d
+from zoo.ops.causal_conv1d import chunked
 
 NAMES = ("x", "weight", "bias", "initial_state")
 
@@ -23,22 +24,22 @@ def make_inputs(batch, length, channels, width, rows=None):
     ]
 
 
-def outputs_and_gradients(name, inputs, dtype, *, activation=None, cu_seqlens=None):
+def outputs_and_gradients(name, inputs, dtype, *, activation=None, cu_seqlens=None, device="cpu"):
     """{"out", "state", and the gradient of each input} on backend `name`; x in dtype, the rest at least float32."""
     wide = torch.promote_types(dtype, torch.float32)
     leaves = [
-        None if x is None else x.detach().to(wide if i else dtype, copy=True).requires_grad_()
+        None if x is None else x.detach().to(device, wide if i else dtype, copy=True).requires_grad_()
         for i, x in enumerate(inputs)
     ]
-    cu = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
+    cu = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
     with backend(name):
         out, state = causal_conv1d(
             *leaves[:3], activation=activation, initial_state=leaves[3], return_state=True, cu_seqlens=cu
         )
     assert out.dtype == dtype and state.dtype == wide
     generator = torch.Generator().manual_seed(1)
-    loss = (out * torch.randn(out.shape, generator=generator).bfloat16().to(dtype)).sum(dtype=wide)
-    loss = loss + (state * torch.randn(state.shape, generator=generator)).sum()
+    loss = (out * torch.randn(out.shape, generator=generator).bfloat16().to(out)).sum(dtype=wide)
+    loss = loss + (state * torch.randn(state.shape, generator=generator).to(device)).sum()
     loss.backward()
     results = {"out": out, "state": state}
     return results | {n: x.grad for n, x in zip(NAMES, leaves, strict=True) if x is not None}
@@ -46,7 +47,8 @@ def outputs_and_gradients(name, inputs, dtype, *, activation=None, cu_seqlens=No
 
 def assert_torch_equals_reference(inputs, dtype, tolerance, **options):
     expected = outputs_and_gradients("reference", inputs, torch.float64, **options)
-    got = outputs_and_gradients("torch", inputs, dtype, **options)
+    with poisoned_memory():
+        got = outputs_and_gradients("torch", inputs, dtype, **options)
     errors = {name: relative_error(got[name], expected[name]) for name in expected}
     assert max(errors.values()) < tolerance, errors
 
@@ -71,6 +73,33 @@ def test_without_bias_and_initial_state():
 def test_packed_documents(cu_seqlens, width):
     inputs = make_inputs(1, cu_seqlens[-1], 6, width, rows=len(cu_seqlens) - 1)
     assert_torch_equals_reference(inputs, torch.float32, 1e-6, activation="silu", cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("width", [1, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2, 7, 27])
+def test_blocks_of_any_size(rows, width, activation, monkeypatch):
+    monkeypatch.setattr(chunked, "BLOCK", rows * 6 // torch.get_num_threads())
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        inputs = make_inputs(3, 13, 6, width)
+        assert_torch_equals_reference(inputs, dtype, tolerance, activation=activation)
+        cu_seqlens = [0, 0, 1, 3, 3, 6, 10, 30, 30]
+        inputs = make_inputs(1, 30, 6, width, rows=8)
+        assert_torch_equals_reference(inputs, dtype, tolerance, activation=activation, cu_seqlens=cu_seqlens)
+
+
+def test_views_into_a_larger_projection():
+    """As the blocks call it: x is a part of a projection's output."""
+    x, weight, bias, _ = make_inputs(2, 20, 6, 4)
+    results = {}
+    for name in ("reference", "torch"):
+        wide = torch.cat([x, 2 * x], dim=-1).requires_grad_()
+        with backend(name):
+            out = causal_conv1d(wide[..., 3:9], weight, bias, activation="silu")
+            gradient = torch.autograd.grad(out, wide, x.mT.contiguous().mT)
+            step = causal_conv1d(wide[:, :1, 3:9].detach(), weight, bias, activation="silu")
+        results[name] = [out, *gradient, step]
+    assert max(map(relative_error, results["torch"], results["reference"])) < 1e-14
 
 
 @pytest.mark.parametrize("name", ["reference", "torch"])
@@ -135,6 +164,35 @@ def test_only_the_weight_needs_a_gradient():
             causal_conv1d(x, leaf, bias).square().sum().backward()
         gradients[name] = leaf.grad
     assert relative_error(gradients["torch"], gradients["reference"]) < 1e-14
+
+
+def test_the_backward_keeps_only_the_arguments():
+    leaves = [x.requires_grad_() for x in make_inputs(2, 20, 6, 4)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        causal_conv1d(*leaves[:3], activation="silu", initial_state=leaves[3])
+    assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in leaves}
+
+
+def test_one_token_without_gradients_calls_no_operator(monkeypatch):
+    monkeypatch.setattr(chunked, "_operator", None)
+    inputs = [x.requires_grad_() for x in make_inputs(2, 1, 6, 4)]
+    results = {}
+    for name in ("reference", "torch"):
+        with backend(name), torch.no_grad():
+            out, state = causal_conv1d(*inputs[:3], activation="silu", initial_state=inputs[3], return_state=True)
+        results[name] = out, state
+    assert max(map(relative_error, results["torch"], results["reference"])) < 1e-14
+
+
+def test_operator_contracts():
+    """Fake shapes, aliasing and the autograd registration, as torch.library checks them."""
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for cu_seqlens in (None, torch.tensor([0, 5, 5, 70], dtype=torch.int32)):
+        rows = 1 if cu_seqlens is None else 3
+        x, weight, bias, state = (x.requires_grad_() for x in make_inputs(1, 70, 6, 4, rows=rows))
+        arguments = x, weight, bias, "silu", state, cu_seqlens
+        torch.library.opcheck(chunked._operator, arguments, test_utils=utils)
 
 
 def test_reference_counts_its_flops():

@@ -120,6 +120,16 @@ def test_a_backend_whose_package_is_missing(two_backends):
         two_backends()
 
 
+def test_a_backend_that_cannot_be_imported_is_passed_over(two_backends, tmp_path, monkeypatch):
+    (tmp_path / "broken_kernels.py").write_text("raise ImportError('undefined symbol: gone')")
+    monkeypatch.syspath_prepend(tmp_path)
+    dispatch.lazily("probe", "triton", "broken_kernels", requires="torch")
+    monkeypatch.setattr(dispatch, "_automatic", lambda op, device: ["triton", "torch"])
+    assert two_backends()[0] == "torch"
+    with pytest.raises(ValueError, match="'triton': it cannot be imported: undefined symbol: gone"), backend("triton"):
+        two_backends()
+
+
 def test_kernels_need_a_gpu(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "triton" not in backends("linear_attention", "cpu")

@@ -103,7 +103,10 @@ class Lightning(Mixer):
                 q, k, v, self.log_decay, initial_state=state["S"], return_state=True, cu_seqlens=cu_seqlens
             )
             state.update(S=new)
-        out = self.norm(out.flatten(-2)) * self.gate_proj(x).sigmoid()
+        gate = self.gate_proj(x)
+        out = ops.gated_rms_norm(
+            out.flatten(-2), gate, self.norm.weight, eps=NORM_EPS, activation="sigmoid", gate_first=False
+        )
         return context.unpack(self.o_proj(out))
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:

@@ -112,7 +112,7 @@ class Mamba2(Mixer):
         out, S = ops.linear_attention(
             C,
             B,
-            (values * dt[..., None]).to(values.dtype),
+            values * dt[..., None].to(values.dtype),
             dt * -torch.exp(self.A_log.to(wide)),
             initial_state=None if state is None else state["S"],
             return_state=True,
@@ -121,12 +121,8 @@ class Mamba2(Mixer):
         if state is not None:
             state.update(conv=conv_state, S=S)
         y = out.to(wide) + self.D.to(wide)[:, None] * values
-        y = self._gated_norm(y.flatten(-2), z).to(z.dtype)
+        y = ops.gated_rms_norm(y.flatten(-2), z, self.norm_weight, eps=self.norm_eps, num_groups=self.num_groups)
         return context.unpack(self.out_proj(y))
-
-    def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
-        grouped = (y * F.silu(z.to(y.dtype))).unflatten(-1, (self.num_groups, -1))
-        return F.rms_norm(grouped, grouped.shape[-1:], eps=self.norm_eps).flatten(-2) * self.norm_weight
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         wide = torch.promote_types(dtype, torch.float32)

@@ -2,8 +2,19 @@
 
 from zoo.ops.causal_conv1d import causal_conv1d
 from zoo.ops.dispatch import backend, backends
+from zoo.ops.explain import explain
+from zoo.ops.gated_rms_norm import gated_rms_norm
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.selective_scan import selective_scan
 from zoo.ops.softmax_attention import softmax_attention
 
-__all__ = ["backend", "backends", "causal_conv1d", "linear_attention", "selective_scan", "softmax_attention"]
+__all__ = [
+    "backend",
+    "backends",
+    "causal_conv1d",
+    "explain",
+    "gated_rms_norm",
+    "linear_attention",
+    "selective_scan",
+    "softmax_attention",
+]

@@ -234,7 +234,10 @@ def _cannot_run(op: str, name: str, device_type: str) -> str | None:
         return "its kernels need a GPU"
     if implementation.function is None:
         assert implementation.module is not None, "lazily() gives it"
-        importlib.import_module(implementation.module)
+        try:
+            importlib.import_module(implementation.module)
+        except ImportError as error:  # built for another torch, say: auto passes it over
+            return f"it cannot be imported: {str(error).splitlines()[0]}"
     return None
 
 

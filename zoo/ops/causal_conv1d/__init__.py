@@ -13,6 +13,7 @@ from zoo.ops.causal_conv1d import reference as reference
 from zoo.ops.varlen import check_cu_seqlens
 
 dispatch.lazily("causal_conv1d", "triton", "zoo.ops.causal_conv1d.kernels", requires="triton")
+dispatch.lazily("causal_conv1d", "library", "zoo.ops.causal_conv1d.library", requires="causal_conv1d")
 
 
 def causal_conv1d(

@@ -11,6 +11,8 @@ from zoo.ops.selective_scan import chunked, reference  # noqa: F401  (they regis
 from zoo.ops.varlen import check_cu_seqlens
 
 dispatch.lazily("selective_scan", "triton", "zoo.ops.selective_scan.kernels", requires="triton")
+# mamba-ssm installs without its selective scan unless told otherwise, so that is what must be there.
+dispatch.lazily("selective_scan", "library", "zoo.ops.selective_scan.library", requires="selective_scan_cuda")
 
 
 def selective_scan(

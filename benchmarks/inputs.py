@@ -1,0 +1,158 @@
+"""Arguments of each op at the shapes that are measured, and the least work that they ask for.
+
+Decays, rates and states are float32, as in the models; the rest is of the row's dtype. The floor counts what the
+recurrence or the definition needs, not what a chunked algorithm spends: multiplications and additions, and every input
+read and every output written once (backward: inputs read again, their gradients written, the output's read).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from benchmarks.rows import DTYPES, Options, Work
+
+STATE_SIZE, TAPS, EPS = 16, 4, 1e-6
+CACHED = {"cpu": 4096, "cuda": 32768, "quick": 32}  # keys that one token attends to
+HEADS = {"cpu": ((4, 64), (8, 128)), "cuda": ((32, 64), (16, 128), (8, 256)), "quick": ((2, 16),)}
+CHANNELS = {"cpu": (512, 1536), "cuda": (2048, 4096), "quick": (32,)}
+VARIANTS = {
+    "linear_attention": ("per head", "per token"),  # Lightning's decay, one group per head; Mamba-2's, one group
+    "selective_scan": (None,),
+    "causal_conv1d": (None,),
+    "gated_rms_norm": ("gate first", "norm first"),  # Mamba-2's with SiLU, Lightning's with a sigmoid
+    "softmax_attention": (None,),
+}
+
+
+class Case(NamedTuple):
+    """`width` is the last dimension of the op's first argument: head_dim, or all the channels."""
+
+    op: str
+    variant: str | None
+    heads: int
+    width: int
+
+
+class Shape(NamedTuple):
+    batch: int
+    length: int
+    decode: bool = False  # from a state; of attention, against `keys` keys
+    keys: int = 0
+
+
+class Inputs(NamedTuple):
+    """`tensors` and `fixed` are our op's arguments; only tensors get gradients. `flops` is the forward pass's."""
+
+    tensors: dict[str, Tensor]
+    fixed: dict[str, Any]
+    flops: int
+
+
+def cases(size: str) -> list[Case]:
+    return [
+        Case(op, variant, *shape)
+        for op, variants in VARIANTS.items()
+        for variant in variants
+        for shape in (HEADS[size] if op.endswith("attention") else [(1, width) for width in CHANNELS[size]])
+    ]
+
+
+def make_inputs(case: Case, shape: Shape, dtype: str, options: Options) -> Inputs:
+    """Random arguments of our op."""
+    random = partial(torch.randn, device=options.device, dtype=DTYPES[dtype])
+    wide = partial(torch.randn, device=options.device)
+    tensors, fixed, flops = _makers[case.op](case, shape, random, wide)
+    return Inputs(tensors, fixed | ({"return_state": True} if "initial_state" in tensors else {}), flops)
+
+
+def floor(case: Case, shape: Shape, dtype: str, inputs: Inputs, backward: bool) -> Work:
+    """The least that the call must do."""
+    tokens = shape.batch * shape.length
+    given = sum(tensor.nbytes for tensor in inputs.tensors.values())
+    made = tokens * case.heads * case.width * DTYPES[dtype].itemsize
+    if "initial_state" in inputs.tensors:
+        made += inputs.tensors["initial_state"].nbytes
+    if backward:
+        return Work(tokens, 3 * inputs.flops, 3 * given + 2 * made)
+    return Work(tokens, inputs.flops, given + made)
+
+
+Made = tuple[dict[str, Tensor], dict[str, Any], int]
+Random = Callable[..., Tensor]
+
+
+def _linear_attention(case: Case, shape: Shape, random: Random, wide: Random) -> Made:
+    batch, length, heads, width = shape.batch, shape.length, case.heads, case.width
+    groups = heads if case.variant == "per head" else 1
+    tensors = {
+        "q": random(batch, length, groups, width) * width**-0.5,
+        "k": random(batch, length, groups, width),
+        "v": random(batch, length, heads, width),
+        "log_decay": -softplus(wide(heads) if case.variant == "per head" else wide(batch, length, heads)),
+    }
+    if shape.decode:
+        tensors["initial_state"] = wide(batch, heads, width, width)
+    return tensors, {}, 4 * batch * length * heads * width**2
+
+
+def _selective_scan(case: Case, shape: Shape, random: Random, wide: Random) -> Made:
+    batch, length, channels = shape.batch, shape.length, case.width
+    rates = -torch.arange(1.0, STATE_SIZE + 1).expand(channels, -1)
+    tensors = {
+        "u": random(batch, length, channels),
+        "delta": softplus(wide(batch, length, channels) - 4),
+        "A": wide(channels, STATE_SIZE).copy_(rates),
+        "B": random(batch, length, STATE_SIZE),
+        "C": random(batch, length, STATE_SIZE),
+        "D": wide(channels),
+    }
+    if shape.decode:
+        tensors["initial_state"] = wide(batch, channels, STATE_SIZE)
+    # For each state: delta A, its exponential, B (delta u), a h + x, and C h.
+    return tensors, {}, 7 * batch * length * channels * STATE_SIZE
+
+
+def _causal_conv1d(case: Case, shape: Shape, random: Random, wide: Random) -> Made:
+    batch, length, channels = shape.batch, shape.length, case.width
+    tensors = {
+        "x": random(batch, length, channels),
+        "weight": random(channels, TAPS) / math.sqrt(TAPS),
+        "bias": random(channels),
+    }
+    if shape.decode:
+        tensors["initial_state"] = wide(batch, channels, TAPS - 1)
+    return tensors, {"activation": "silu"}, 2 * batch * length * channels * TAPS
+
+
+def _gated_rms_norm(case: Case, shape: Shape, random: Random, wide: Random) -> Made:
+    batch, length, channels = shape.batch, shape.length, case.width
+    tensors = {name: random(batch, length, channels) for name in ("x", "gate")} | {"weight": random(channels)}
+    first = case.variant == "gate first"
+    fixed = {"gate_first": first, "activation": "silu" if first else "sigmoid", "eps": EPS}
+    # x * gate, its square, their sum, times the root, times the weight.
+    return tensors, fixed, 5 * batch * length * channels
+
+
+def _softmax_attention(case: Case, shape: Shape, random: Random, wide: Random) -> Made:
+    batch, length, heads, width = shape.batch, shape.length, case.heads, case.width
+    keys = shape.keys or length
+    tensors = {"q": random(batch, length, heads, width)}
+    tensors |= {name: random(batch, keys, max(1, heads // 2), width) for name in ("k", "v")}
+    pairs = length * keys - length * (length - 1) // 2  # of a query and a key that it may see
+    return tensors, {}, 4 * batch * pairs * heads * width
+
+
+_makers: dict[str, Callable[[Case, Shape, Random, Random], Made]] = {
+    "linear_attention": _linear_attention,
+    "selective_scan": _selective_scan,
+    "causal_conv1d": _causal_conv1d,
+    "gated_rms_norm": _gated_rms_norm,
+    "softmax_attention": _softmax_attention,
+}

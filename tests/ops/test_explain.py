@@ -1,0 +1,56 @@
+"""zoo.ops.explain: the choice of a backend and its reasons, without running anything."""
+
+import pytest
+import torch
+
+from zoo import ops
+from zoo.ops import dispatch, measured
+from zoo.ops.explain import OPS
+
+SHAPES = {
+    "causal_conv1d": {"x": (1, 4096, 64), "weight": (64, 4)},
+    "gated_rms_norm": {"x": (1, 4096, 64), "gate": (1, 4096, 64), "weight": (64,)},
+    "linear_attention": {"q": (1, 4096, 2, 64), "k": (1, 4096, 2, 64), "v": (1, 4096, 4, 64), "log_decay": (4,)},
+    "selective_scan": {
+        "u": (1, 4096, 64),
+        "delta": (1, 4096, 64),
+        "A": (64, 16),
+        "B": (1, 4096, 16),
+        "C": (1, 4096, 16),
+        "D": (64,),
+    },
+    "softmax_attention": {"q": (1, 4096, 4, 64), "k": (1, 4096, 2, 64), "v": (1, 4096, 2, 64)},
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_runs_on_torch_here(op):
+    choice = ops.explain(op, SHAPES[op], torch.bfloat16, "cpu")
+    assert choice.backend == "torch" and str(choice) == "torch: the only one that serves this call on cpu"
+
+
+def test_a_backend_asked_for():
+    with ops.backend("reference"):
+        choice = ops.explain("causal_conv1d", SHAPES["causal_conv1d"], torch.float32, "cpu")
+    assert choice.backend == "reference" and choice.reason == 'asked for with zoo.ops.backend("reference")'
+
+
+def test_a_gpu_that_is_not_here(monkeypatch):
+    monkeypatch.setattr(measured, "rows", lambda: ())
+    monkeypatch.setattr(dispatch, "_installed", lambda package: package in ("triton", "torch"))
+    measured.by_length.cache_clear()
+    choice = ops.explain("selective_scan", SHAPES["selective_scan"], torch.bfloat16, "cuda")
+    assert choice.backend == "triton" and "not measured" in choice.reason
+    assert str(choice).splitlines()[1] == "not library: selective_scan_cuda is not installed"
+    # The kernels have no float64; the chunked PyTorch runs on a GPU too.
+    choice = ops.explain("selective_scan", SHAPES["selective_scan"], torch.float64, "cuda")
+    assert choice.backend == "torch" and "float64" in choice.others["triton"]
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="op 'scan' does not exist; choose one of causal_conv1d"):
+        ops.explain("scan", {}, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="weight must be"):
+        ops.explain("causal_conv1d", {"x": (1, 8, 4), "weight": (5, 4)}, torch.float32, "cpu")
+    # An error does not leave the ops explaining.
+    assert ops.causal_conv1d(torch.ones(1, 3, 2), torch.ones(2, 2)).shape == (1, 3, 2)
