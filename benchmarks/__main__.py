@@ -22,6 +22,7 @@ from benchmarks import decode, length, machine, ops, report, table, train
 from benchmarks.rows import DTYPES, PEERS, Options, Row, rounded, summary
 from benchmarks.timing import copy_peak, matmul_peak
 from zoo.ops import measured
+from zoo.train.memory import keep_freed_memory
 
 VERBS = {"ops": ops, "train": train, "decode": decode, "length": length}
 
@@ -70,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
 def measure(given: argparse.Namespace) -> None:
     """Runs a verb's tasks; each row is in the file as soon as it is measured."""
     transformers.logging.set_verbosity_error()
+    keep_freed_memory()  # as train.py does; peers run in this process too
     console = Console(highlight=False)
     options = Options(
         device=given.device,

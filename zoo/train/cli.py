@@ -19,7 +19,6 @@ holds a run):
 Exit status: 0; 1 if a run that had started had to stop; 2 if the request was wrong. Both come with one line on stderr.
 """
 
-import ctypes
 import difflib
 import importlib.util
 import itertools
@@ -60,6 +59,7 @@ from zoo.train.data import TextData
 from zoo.train.errors import RunError, UserError
 from zoo.train.export import export_run
 from zoo.train.logger import CsvLog
+from zoo.train.memory import keep_freed_memory
 from zoo.train.module import ZooModule, check_architecture
 from zoo.train.report import write_report
 
@@ -316,14 +316,6 @@ def check_config_files(argv: Sequence[str]) -> None:
                 raise UserError(f"{path}: {error}") from None
 
 
-def _keep_freed_memory() -> None:
-    """Tells glibc to keep what torch frees instead of giving it back: a training step asks for the same large blocks
-    again, and having the kernel zero them anew each time costs a CPU run 10 to 20%."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, at its largest
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -349,7 +341,7 @@ def _fail(error: BaseException, status: int) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs train.py with `argv` (default: sys.argv) and returns the exit status."""
     _quieten()
-    _keep_freed_memory()
+    keep_freed_memory()
     try:
         arguments = list(sys.argv[1:] if argv is None else argv)
         check_config_files(arguments)
