@@ -14,8 +14,9 @@ from zoo.ops import backend, linear_attention
 
 kernels = pytest.importorskip("zoo.ops.linear_attention.kernels")
 
-# The gradient of a head's decay is the worst: a sum over all tokens, of either sign.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 1e-3}
+# The gradient of a head's decay is the worst: a sum over all tokens, of either sign. The interpreter multiplies float16
+# exactly; a GPU, in TF32, does not.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 5e-3}
 DECAYS = ["none", "head", "token"]
 DOCUMENTS = [0, 0, 1, 34, 34, 66, 131, 131]
 
@@ -127,19 +128,17 @@ def test_bfloat16_with_its_own_tiles():
 
 
 @torch.no_grad()
-def test_bfloat16_over_20000_tokens():
-    q, k, v, g, _ = (
-        None if x is None else x.to(DEVICE)
-        for x in make_inputs(1, 20_000, 1, 1, 64, 64, "head", weakest=-7.0, strongest=-7.0)
-    )
+def test_bfloat16_does_not_drift():
+    length = 20_000 if DEVICE == "cuda" else 8_000
+    q, k, v, g, _ = make_inputs(1, length, 1, 1, 64, 64, "head", weakest=-7.0, strongest=-7.0)
     with backend("torch"):
         expected = linear_attention(q, k, v, g, return_state=True)
+    q, k, v, g = (x.to(DEVICE) for x in (q.bfloat16(), k.bfloat16(), v.bfloat16(), g.float()))
     with backend("triton"):
-        out, state = linear_attention(*(x.bfloat16() for x in (q, k, v)), g.float(), return_state=True)
-    assert relative_error(out, expected[0]) < 5e-3
-    assert relative_error(state, expected[1]) < 5e-3
-    # The end of the sequence is no worse than the whole: nothing drifts.
-    assert relative_error(out[:, -500:], expected[0][:, -500:]) < 5e-3
+        out, state = linear_attention(q, k, v, g, return_state=True)
+    assert relative_error(out, expected[0]) < 4e-3
+    assert relative_error(out[:, -500:], expected[0][:, -500:]) < 4e-3
+    assert relative_error(state, expected[1]) < 4e-3
 
 
 @pytest.mark.parametrize("programs", [1, 3])
@@ -193,7 +192,7 @@ def test_one_result_alone(through):
 @pytest.mark.parametrize(("weakest", "strongest"), [(-16.1, 3.4), (3.3, 3.4), (-16.1, -16.0)])
 @pytest.mark.parametrize("decay", ["head", "token"])
 def test_log_decays_from_minus_30_to_minus_a_ten_millionth(decay, weakest, strongest):
-    check(make_inputs(1, 70, 1, 2, 16, 16, decay, weakest=weakest, strongest=strongest), tolerance=3e-6)
+    check(make_inputs(1, 40, 1, 2, 16, 16, decay, weakest=weakest, strongest=strongest), tolerance=3e-6)
 
 
 def test_weak_decay_between_strong_ones_keeps_its_precision(monkeypatch):
@@ -210,13 +209,13 @@ def test_weak_decay_between_strong_ones_keeps_its_precision(monkeypatch):
 def test_pieces_equal_the_whole(decay):
     """Chunked prefill, then one token at a time."""
     q, k, v, g, state = (
-        None if x is None else x.to(DEVICE, torch.float32) for x in make_inputs(2, 70, 1, 2, 20, 24, decay)
+        None if x is None else x.to(DEVICE, torch.float32) for x in make_inputs(2, 45, 1, 1, 20, 24, decay)
     )
     with backend("triton"):
         whole, final = linear_attention(q, k, v, g, scale=0.4, initial_state=state, return_state=True)
         pieces = []
         with poisoned_memory():
-            for start, end in [(0, 40), (40, 67), (67, 68), (68, 69), (69, 70)]:
+            for start, end in [(0, 32), (32, 42), (42, 43), (43, 44), (44, 45)]:
                 piece = g[:, start:end] if decay == "token" else g
                 out, state = linear_attention(
                     *(x[:, start:end] for x in (q, k, v)), piece, scale=0.4, initial_state=state, return_state=True
@@ -228,33 +227,34 @@ def test_pieces_equal_the_whole(decay):
 
 @pytest.mark.parametrize("length", [1, 35])
 def test_views_into_a_larger_projection(length):
-    """q, k and v interleaved per head, as Lightning attention has them; the gradient comes back transposed."""
+    """q and v interleaved per head, k with its heads first; the gradient of the output comes transposed."""
     q, k, v, g, _ = make_inputs(2, length, 2, 2, 16, 16, "token")
     results = {}
     for name, dtype in (("reference", torch.float64), ("triton", torch.float32)):
-        joint = torch.cat([q, k, v], -1).to(DEVICE, dtype).requires_grad_()
+        joint = torch.cat([q, v], -1).to(DEVICE, dtype).requires_grad_()
+        heads_first = k.transpose(1, 2).contiguous().to(DEVICE, dtype).requires_grad_()
         decay = torch.stack([g, g], -1).to(DEVICE, dtype).requires_grad_()
+        leaves = joint, heads_first, decay
+        inputs = joint[..., :16], heads_first.transpose(1, 2), joint[..., 16:], decay[..., 1]
         with backend(name):
-            out = linear_attention(*joint.split(16, -1), decay[..., 1])
-            d_out = torch.arange(1.0, 17).to(out).expand_as(out).mT.contiguous().mT
-            results[name] = [out, *torch.autograd.grad(out, (joint, decay), d_out)]
+            out = linear_attention(*inputs)
+            d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out).mT.contiguous().mT
+            results[name] = [out, *torch.autograd.grad(out, leaves, d_out)]
             with torch.no_grad():
-                results[name].append(linear_attention(*joint.split(16, -1), decay[..., 1]))
+                results[name].append(linear_attention(*inputs))
     assert max(map(relative_error, results["triton"], results["reference"])) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((4, 1, 1, 48), (2**30, 48, 48, 1)), ((1, 4, 1, 48), (48, 2**30, 48, 1)), ((1, 2, 4, 48), (48, 48, 2**30, 1))],
+    ids=["rows", "tokens", "heads"],
+)
 @torch.no_grad()
-def test_elements_beyond_int32(length):
-    """Tokens 2^30 elements apart, of which only those used are ever touched."""
-    near = torch.cat(make_inputs(4, length, 1, 1, 16, 16, "none")[:3], -1)[:, :1]
-    far = torch.empty(3 * 2**30 + 48, dtype=torch.bfloat16, device=DEVICE)
-    far = (
-        far.as_strided((4, length, 1, 48), (2**30, 1, 1, 1))
-        if length == 1
-        else far.as_strided((1, 4, 1, 48), (1, 2**30, 1, 1))
-    )
-    near = make_inputs(*far.shape[:2], 1, 1, 16, 16, "none")[:3]
+def test_elements_beyond_int32(shape, strides):
+    """2^30 elements apart; only those used are ever touched."""
+    near = make_inputs(*shape[:2], shape[2], shape[2], 16, 16, "none")[:3]
+    far = torch.empty(3 * 2**30 + 96, dtype=torch.bfloat16, device=DEVICE).as_strided(shape, strides)
     far.copy_(torch.cat(near, -1))
     with backend("reference"):
         expected = linear_attention(*near)
@@ -284,15 +284,15 @@ def test_without_gradients_no_operator_is_called(length, monkeypatch):
             assert torch.equal(linear_attention(q.requires_grad_(), k, v, g), expected)
 
 
-@pytest.mark.parametrize("cu_seqlens", [None, [0, 40, 40, 70]])
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 33, 33, 40]])
 def test_operator_contracts(cu_seqlens):
     """Fake shapes, aliasing and the autograd registration, as torch.library checks them."""
-    inputs = [x.to(DEVICE).float().requires_grad_() for x in make_inputs(1, 70, 1, 2, 16, 16, "token", cu_seqlens)]
+    inputs = [x.to(DEVICE).float().requires_grad_() for x in make_inputs(1, 40, 1, 1, 16, 16, "token", cu_seqlens)]
     cu_seqlens = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     for keep_states in (True, False):
         arguments = (*inputs, 0.4, cu_seqlens, keep_states)
-        torch.library.opcheck(kernels._operator, arguments, test_utils=utils[::1] if keep_states else utils[2:])
+        torch.library.opcheck(kernels._operator, arguments, test_utils=utils if keep_states else utils[2:])
     out, state, states = kernels._operator(*inputs, 0.4, cu_seqlens, True)
     arguments = (out, state, *inputs[:4], states, 0.4, cu_seqlens)
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
@@ -302,7 +302,7 @@ def test_operator_contracts(cu_seqlens):
 
 @pytest.mark.parametrize("length", [1, 40])
 def test_compiles_into_one_graph(length):
-    inputs = tuple(x.to(DEVICE).float().requires_grad_() for x in make_inputs(1, length, 1, 2, 16, 16, "token"))
+    inputs = tuple(x.to(DEVICE).float().requires_grad_() for x in make_inputs(1, length, 1, 1, 16, 16, "token"))
 
     def run(*inputs):
         with backend("triton"):
