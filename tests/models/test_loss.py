@@ -9,17 +9,17 @@ from tests.blocks.helpers import assert_close, perturb, random_input
 from tests.models.helpers import model, tokens
 from zoo import build
 from zoo.models import loss as loss_module
-from zoo.models.loss import IGNORE_INDEX, chunked_cross_entropy, linear_cross_entropy
+from zoo.models.loss import IGNORE_INDEX, linear_cross_entropy
 
 
-def without_logits(*arguments):
-    """linear_cross_entropy as it is for more logits than it would hold."""
+def torchs_own(*arguments):
+    """linear_cross_entropy as it is on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_module, "FEW_LOGITS", 0)
+        patch.setattr(loss_module, "NATIVE_DEVICES", ("cpu",))
         return linear_cross_entropy(*arguments)
 
 
-IMPLEMENTATIONS = [linear_cross_entropy, without_logits, chunked_cross_entropy]
+IMPLEMENTATIONS = [linear_cross_entropy, torchs_own]
 
 
 def problem(count, vocab, hidden=12, dtype=torch.float32, ignored=0.3):
