@@ -157,7 +157,7 @@ def test_saving_and_loading(pattern, tied, dtype, shard, tmp_path):
         for name, tensor in (dict(net.named_parameters()) | dict(net.named_buffers())).items():
             other = loaded.get_parameter(name) if name in dict(net.named_parameters()) else loaded.get_buffer(name)
             assert other.dtype == tensor.dtype and torch.equal(other, tensor), name
-        assert torch.equal(loaded(ids).logits, net(ids).logits)
+        assert_close(loaded(ids).logits, net(ids).logits, tolerance=1e-6)
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
         assert torch.equal(
             loaded.generate(ids, max_new_tokens=3, do_sample=False),
@@ -185,7 +185,8 @@ def test_auto_classes(tmp_path):
     assert type(body) is ZooModel
     ids = tokens(1, 5)
     out = net(ids, output_hidden_states=True)
-    assert torch.equal(body(ids).last_hidden_state, out.hidden_states[-1])
+    # Weights read from a file may lie at any address, and MKL rounds differently at some.
+    assert_close(body(ids).last_hidden_state, out.hidden_states[-1], tolerance=1e-6)
     assert type(AutoModelForCausalLM.from_config(config)) is ZooForCausalLM
 
 
@@ -215,7 +216,7 @@ def test_resizing_the_vocabulary(tied, tmp_path):
     net.train()(ids, labels=ids).loss.backward()
     assert net.lm_head.weight.grad.shape[0] == VOCAB + 7
     net.eval().save_pretrained(tmp_path)
-    assert torch.equal(ZooForCausalLM.from_pretrained(tmp_path)(ids).logits, net(ids).logits)
+    assert_close(ZooForCausalLM.from_pretrained(tmp_path)(ids).logits, net(ids).logits, tolerance=1e-6)
 
 
 def test_counts():

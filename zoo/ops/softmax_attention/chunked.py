@@ -322,10 +322,10 @@ def _rows(x: Tensor, kv_heads: int | None = None) -> Tensor:
 
 
 def _unrows(rows: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_rows`: `[b, T, H, D]` with the first three of `like`."""
+    """The inverse of `_rows`: `[b, T, H, D]` with the first three of `like`, contiguous."""
     batch, length, heads, _ = like.shape
     grouped = rows.view(batch, -1, length, rows.shape[1] // length, rows.shape[2])
-    return grouped.transpose(1, 2).reshape(batch, length, heads, rows.shape[2])
+    return grouped.transpose(1, 2).reshape(batch, length, heads, rows.shape[2]).contiguous()
 
 
 def _add(total: Tensor, block: _Block, a: Tensor, b: Tensor) -> None:
