@@ -132,7 +132,7 @@ def test_another_process_loads_what_was_saved(tmp_path):
     arguments = [tmp_path / "model", "float32", tmp_path / "ids.pt", tmp_path / "out.pt"]
     subprocess.run([sys.executable, "-c", LOAD, *map(str, arguments)], check=True)
     out = torch.load(tmp_path / "out.pt")
-    assert torch.equal(out["logits"], net(ids).logits)
+    assert_close(out["logits"], net(ids).logits, tolerance=1e-6 if net.dtype == torch.float32 else 1e-2)
     assert out["dtypes"] == {name: parameter.dtype for name, parameter in net.named_parameters()}
 
 
@@ -157,7 +157,7 @@ def test_saving_and_loading(pattern, tied, dtype, shard, tmp_path):
         for name, tensor in (dict(net.named_parameters()) | dict(net.named_buffers())).items():
             other = loaded.get_parameter(name) if name in dict(net.named_parameters()) else loaded.get_buffer(name)
             assert other.dtype == tensor.dtype and torch.equal(other, tensor), name
-        assert_close(loaded(ids).logits, net(ids).logits, tolerance=1e-6)
+        assert_close(loaded(ids).logits, net(ids).logits, tolerance=1e-6 if dtype == torch.float32 else 1e-2)
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
         assert torch.equal(
             loaded.generate(ids, max_new_tokens=3, do_sample=False),
