@@ -125,7 +125,7 @@ torch.save({"logits": net(ids).logits, "dtypes": {n: p.dtype for n, p in net.nam
 
 
 def test_another_process_loads_what_was_saved(tmp_path):
-    """Through AutoModelForCausalLM, after `import zoo`: bit-equal logits."""
+    """Through AutoModelForCausalLM, after `import zoo`: equal logits."""
     net, ids = model(tie_word_embeddings=False), tokens(2, 9)
     net.save_pretrained(tmp_path / "model")
     torch.save(ids, tmp_path / "ids.pt")
