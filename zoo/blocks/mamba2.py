@@ -112,7 +112,7 @@ class Mamba2(Mixer):
         out, S = ops.linear_attention(
             C,
             B,
-            values * dt[..., None].to(values.dtype),
+            (values * dt[..., None]).to(values.dtype),
             dt * -torch.exp(self.A_log.to(wide)),
             initial_state=None if state is None else state["S"],
             return_state=True,
