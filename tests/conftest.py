@@ -1,6 +1,10 @@
-"""Before anything imports triton: without a GPU its kernels are interpreted."""
+"""Settings that count when torch and triton are imported: without a GPU kernels are interpreted; a worker of several
+computes with one thread, as do the processes it starts (sums over more threads round otherwise)."""
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
 import pytest
-import torch
 from torch import Tensor
 
 from tests.conformance.matrix import DOCUMENT, INVARIANTS, Matrix, reason
@@ -29,12 +27,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _invariant(module: str) -> str:
     """tests/conformance/test_causal.py tests `causal`."""
     return module.rpartition("test_")[2].removesuffix(".py")
-
-
-@pytest.fixture(autouse=True)
-def one_thread_per_worker() -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)
 
 
 class Measure:

@@ -116,8 +116,9 @@ def test_checkpointing_recomputes_layers():
 
 LOAD = """
 import sys, torch, zoo
+from tests.models.helpers import realigned
 from transformers import AutoModelForCausalLM
-net = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+net = realigned(AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2])))
 assert type(net) is zoo.ZooForCausalLM and not net.training
 ids = torch.load(sys.argv[3])
 torch.save({"logits": net(ids).logits, "dtypes": {n: p.dtype for n, p in net.named_parameters()}}, sys.argv[4])

@@ -1,6 +1,7 @@
 """train.py: the command line, its errors, and what a run leaves behind."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -51,7 +52,7 @@ def test_a_run_leaves_all_it_promises(tiny, tmp_path, capfd):
 
     # Another process loads the export and computes what the checkpoint's weights compute here.
     subprocess.run([sys.executable, "-c", LOAD, str(folder / "export"), "out.pt"], check=True, cwd=tmp_path,
-                   env={"PYTHONPATH": str(ROOT), "PATH": ""})  # fmt: skip
+                   env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": ""})  # fmt: skip
     ids, logits = torch.load("out.pt")
     weights = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     model = zoo.build(resolved["model"]["config"]).eval()
