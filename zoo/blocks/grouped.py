@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.ops.matmul import has_slow_mkl, matmul
+
 
 @torch.library.custom_op("zoo::grouped_mm", mutates_args=())
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool = True) -> Tensor:
@@ -23,22 +25,23 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool = True)
     """
     if transposed:
         weight = weight.transpose(1, 2)
-    if not _fits(x.dtype, *weight.shape[1:]):
-        return torch.cat([rows @ group for rows, group in zip(_split(x, ends), weight, strict=True)])
+    if not _fits(x, *weight.shape[1:]):
+        return torch.cat([matmul(rows, group) for rows, group in zip(_split(x, ends), weight, strict=True)])
     return F.grouped_mm(x, weight, offs=ends).contiguous()
 
 
 @torch.library.custom_op("zoo::grouped_mm_weight_gradient", mutates_args=())
 def _weight_gradient(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """`[groups, N, K]` from `grad` `[rows, N]` and `x` `[rows, K]`."""
-    if not _fits(x.dtype, x.shape[1], grad.shape[1]):
-        return torch.stack([a.T @ b for a, b in zip(_split(grad, ends), _split(x, ends), strict=True)])
+    if not _fits(x, x.shape[1], grad.shape[1]):
+        return torch.stack([matmul(a.T, b) for a, b in zip(_split(grad, ends), _split(x, ends), strict=True)])
     return F.grouped_mm(grad.T, x, offs=ends).contiguous()
 
 
-def _fits(dtype: torch.dtype, *widths: int) -> bool:
-    """Whether F.grouped_mm takes matrices of this dtype with rows of these widths."""
-    return dtype != torch.float64 and all(width * dtype.itemsize % 16 == 0 for width in widths)
+def _fits(x: Tensor, *widths: int) -> bool:
+    """Whether F.grouped_mm takes such matrices with rows of these widths, and is not slow at them."""
+    slow = x.dtype == torch.float32 and x.device.type == "cpu" and has_slow_mkl()
+    return x.dtype != torch.float64 and not slow and all(width * x.itemsize % 16 == 0 for width in widths)
 
 
 def _split(x: Tensor, ends: Tensor) -> list[Tensor]:

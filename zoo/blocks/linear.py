@@ -6,8 +6,10 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
+
+from zoo.ops.matmul import linear
 
 if TYPE_CHECKING:
     from zoo.config import ZooConfig
@@ -24,6 +26,9 @@ class Linear(nn.Linear):
         init.normal_(self.weight, std=self.std)
         if self.bias is not None:
             init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):

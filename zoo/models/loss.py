@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from zoo.blocks import RouterStatistics
 from zoo.blocks.moe import MoEConfig
+from zoo.ops.matmul import matmul
 
 IGNORE_INDEX = -100
 # Where torch's own is used. On a CPU it takes 64 tokens at a time and adds up the head's whole gradient for each.
@@ -59,13 +60,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             now = slice(start, start + tokens)
             h, real = hidden[now], labels[now] != IGNORE_INDEX
             targets = labels[now].clamp(min=0)[:, None]
-            log_p = F.linear(h, weight).float().log_softmax(-1)
+            log_p = matmul(h, weight.T).float().log_softmax(-1)
             total -= log_p.gather(1, targets)[:, 0].masked_fill(~real, 0).sum()
             if d_hidden is not None and d_weight is not None:
                 d_logits = log_p.exp_().scatter_add_(1, targets, log_p.new_full(targets.shape, -1.0))
                 d_logits = d_logits.masked_fill_(~real[:, None], 0).to(hidden.dtype)
-                d_hidden[now] = d_logits @ weight
-                d_weight += d_logits.T @ h
+                d_hidden[now] = matmul(d_logits, weight)
+                d_weight += matmul(d_logits.T, h)
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         return total
 

@@ -1,0 +1,103 @@
+"""Float32 matrix products on a CPU, by the faster of the two libraries that torch carries.
+
+torch gives float32 to MKL, which on the CPUs of other makers than Intel keeps to AVX2. oneDNN, to which torch gives
+bfloat16, uses AVX-512 wherever it is, and there takes half the time (docs/decisions.md has the figures). Its float32
+product is what torch.compile's frozen graphs call; here it stands behind F.linear's and `@`'s own contracts.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+# Sizes of the result and of the sum from which oneDNN is faster; below, its call costs more than it saves.
+MIN_SIZE, MIN_SUM = 32, 16
+
+
+@cache
+def has_slow_mkl() -> bool:
+    """Whether this CPU has AVX-512 that MKL leaves unused."""
+    if platform.machine() not in ("x86_64", "AMD64") or not (torch.backends.mkl.is_available() and _onednn()):
+        return False
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and _vendor() != "GenuineIntel"
+
+
+def _onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _vendor() -> str:
+    """As the CPU names itself; "GenuineIntel" where that cannot be read, so that torch's own choice stands."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("vendor_id"))
+    except (OSError, StopIteration):
+        return "GenuineIntel"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear: `x` `[..., K]` times the transpose of `weight` `[N, K]`, plus `bias` `[N]`."""
+    rows = x.numel() // max(1, x.shape[-1])
+    if torch.compiler.is_compiling() or not _pays(x, weight, rows, x.shape[-1], weight.shape[0]):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a` `[M, K]` times `b` `[K, N]`, without a gradient."""
+    return _multiply(a, b.T) if _pays(a, b, *a.shape, b.shape[1]) else a @ b
+
+
+def _pays(a: Tensor, b: Tensor, rows: int, inner: int, columns: int) -> bool:
+    return (
+        min(rows, columns) >= MIN_SIZE
+        and inner >= MIN_SUM
+        and a.dtype == b.dtype == torch.float32
+        and a.device.type == "cpu"
+        and type(a) in _PLAIN  # neither a DTensor nor a fake one
+        and type(b) in _PLAIN
+        and not torch.is_autocast_enabled("cpu")
+        and has_slow_mkl()
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _multiply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        d_x = d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_x = matmul(rows, weight).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            d_weight = matmul(rows.T, x.reshape(-1, x.shape[-1]))
+        if ctx.needs_input_grad[2]:
+            d_bias = rows.sum(0)
+        return d_x, d_weight, d_bias
+
+
+if _onednn():
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _flops(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
+        return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
