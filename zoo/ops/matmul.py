@@ -7,8 +7,9 @@ product is what torch.compile's frozen graphs call; here it stands behind F.line
 
 from __future__ import annotations
 
+import math
 import platform
-from functools import cache
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 # Sizes of the result and of the sum from which oneDNN is faster; below, its call costs more than it saves.
 MIN_SIZE, MIN_SUM = 32, 16
-
-
-@cache
-def has_slow_mkl() -> bool:
-    """Whether this CPU has AVX-512 that MKL leaves unused."""
-    if platform.machine() not in ("x86_64", "AMD64") or not (torch.backends.mkl.is_available() and _onednn()):
-        return False
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and _vendor() != "GenuineIntel"
+MIN_SINGLE = 2**22  # multiplications in a matrix from which it is faster than MKL's batch
 
 
 def _onednn() -> bool:
@@ -42,29 +36,47 @@ def _vendor() -> str:
         return "GenuineIntel"
 
 
+def has_slow_mkl() -> bool:
+    """Whether this CPU has AVX-512 that MKL leaves unused."""
+    if platform.machine() not in ("x86_64", "AMD64") or not (torch.backends.mkl.is_available() and _onednn()):
+        return False
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and _vendor() != "GenuineIntel"
+
+
+MKL_IS_SLOW = has_slow_mkl()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: `x` `[..., K]` times the transpose of `weight` `[N, K]`, plus `bias` `[N]`."""
-    rows = x.numel() // max(1, x.shape[-1])
-    if torch.compiler.is_compiling() or not _pays(x, weight, rows, x.shape[-1], weight.shape[0]):
+    if not _pays(x, weight):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """`a` `[M, K]` times `b` `[K, N]`, without a gradient."""
-    return _multiply(a, b.T) if _pays(a, b, *a.shape, b.shape[1]) else a @ b
+    return _multiply(a, b.T) if _pays(a, b.T) else a @ b
 
 
-def _pays(a: Tensor, b: Tensor, rows: int, inner: int, columns: int) -> bool:
+def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """`a` `[n, M, K]` times `b` `[n, K, N]`, without a gradient. `out` is memory that may be used for it, or not."""
+    if math.prod(a.shape[1:]) * b.shape[2] < MIN_SINGLE or not _pays(a, b.mT):
+        return torch.bmm(a, b, out=out)
+    products = [_multiply(x, y.T) for x, y in zip(a, b, strict=True)]
+    return products[0][None] if len(products) == 1 else torch.stack(products, out=out)
+
+
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN can multiply `x` `[..., K]` by the transpose of `weight` `[..., N, K]`, and is faster at it."""
     return (
-        min(rows, columns) >= MIN_SIZE
-        and inner >= MIN_SUM
-        and a.dtype == b.dtype == torch.float32
-        and a.device.type == "cpu"
-        and type(a) in _PLAIN  # neither a DTensor nor a fake one
-        and type(b) in _PLAIN
+        MKL_IS_SLOW
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and type(x) in _PLAIN  # neither a DTensor nor a fake one
+        and type(weight) in _PLAIN
+        and x.shape[-1] == weight.shape[-1] >= MIN_SUM
+        and min(x.numel() // x.shape[-1], weight.shape[-2]) >= MIN_SIZE
         and not torch.is_autocast_enabled("cpu")
-        and has_slow_mkl()
     )
 
 
@@ -72,7 +84,19 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        weight = weight.contiguous()  # oneDNN would take a thousand times as long
+    call = torch.ops.zoo.onednn_linear if torch.compiler.is_compiling() else _onednn_linear
+    return call(x, weight, bias)
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@partial(torch.library.register_fake, torch.library.custom_op("zoo::onednn_linear", _onednn_linear, mutates_args=()))
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 class _Linear(torch.autograd.Function):

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from zoo.ops.dispatch import implements
+from zoo.ops.matmul import bmm
 from zoo.ops.varlen import document_ids
 
 # The most logits held at once: 1 MB. Measured with AVX-512 and 1 MB of L2 a core; half or double is 10% slower.
@@ -98,7 +99,7 @@ def _forward(
         if return_lse:
             lse[block.pairs, block.rows] = logits.logsumexp(-1)
         p = _softmax(logits, block).to(v.dtype)
-        torch.bmm(p, block.keys_of(v_rows), out=out[block.pairs, block.rows])
+        _set(out[block.pairs, block.rows], p, block.keys_of(v_rows))
     return _unrows(out, q), _unrows(lse[..., None], q)[..., 0] if return_lse else lse
 
 
@@ -123,13 +124,16 @@ def _backward(
     grad_rows = _rows(q.new_zeros(*q.shape[:3], v.shape[3]) if grad_out is None else grad_out, k.shape[2])
     lse_rows = None if grad_lse is None else _rows(grad_lse[..., None].to(wide), k.shape[2])
     grad_q = torch.empty_like(q_rows)
-    grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (k_rows, v_rows))
+    # Transposed: multiplying and adding up the other way round would transpose the probabilities instead.
+    grad_k, grad_v = (
+        torch.zeros_like(x.mT, dtype=wide, memory_format=torch.contiguous_format) for x in (k_rows, v_rows)
+    )
     buffer = _Buffer(q)
     for block in blocks:
         grad_block = grad_rows[block.pairs, block.rows]
         p = _softmax(blocks.logits(block), block)
-        _add(grad_v, block, p.to(v.dtype).mT, grad_block)
-        grad_p = torch.bmm(grad_block, block.keys_of(v_rows).mT, out=buffer.of(*p.shape)).to(wide)
+        _add(grad_v, block, grad_block, p.to(v.dtype))
+        grad_p = bmm(grad_block, block.keys_of(v_rows).mT, out=buffer.of(*p.shape)).to(wide)
         grad_logits = torch._softmax_backward_data(grad_p, p, -1, wide, grad_input=grad_p)
         if lse_rows is not None:
             grad_lse_block = lse_rows[block.pairs, block.rows]
@@ -137,10 +141,10 @@ def _backward(
                 grad_lse_block = grad_lse_block.masked_fill(p.amax(-1, keepdim=True) == 0, 0)
             grad_logits.addcmul_(p, grad_lse_block)
         grad_logits = grad_logits.to(q.dtype)
-        _add(grad_k, block, grad_logits.mT, q_rows[block.pairs, block.rows])
-        torch.bmm(grad_logits, block.keys_of(k_rows), out=grad_q[block.pairs, block.rows])
+        _add(grad_k, block, q_rows[block.pairs, block.rows], grad_logits)
+        _set(grad_q[block.pairs, block.rows], grad_logits, block.keys_of(k_rows))
     grad_q *= scale
-    return _unrows(grad_q, q), _unrows(grad_k, k).to(k.dtype), _unrows(grad_v, v).to(v.dtype)
+    return _unrows(grad_q, q), _unrows(grad_k.mT, k).to(k.dtype), _unrows(grad_v.mT, v).to(v.dtype)
 
 
 class _Block(NamedTuple):
@@ -214,7 +218,7 @@ class _Blocks:
     def logits(self, block: _Block) -> Tensor:
         """`[pairs, queries*G, keys]`, -inf where a key is hidden; valid until the next block's."""
         q, k = self.q[block.pairs, block.rows], block.keys_of(self.k)
-        logits = torch.bmm(q, k.mT, out=self.buffer.of(q.shape[0], q.shape[1], k.shape[1]))
+        logits = bmm(q, k.mT, out=self.buffer.of(q.shape[0], q.shape[1], k.shape[1]))
         if block.hidden is not None:
             queries, keys = block.hidden.shape
             logits.unflatten(1, (queries, self.shared))[..., logits.shape[-1] - keys :].add_(block.hidden[:, None])
@@ -328,14 +332,18 @@ def _unrows(rows: Tensor, like: Tensor) -> Tensor:
     return grouped.transpose(1, 2).reshape(batch, length, heads, rows.shape[2]).contiguous()
 
 
+def _set(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, without a copy where the product can be put there."""
+    product = bmm(a, b, out=out)
+    if product is not out:
+        out.copy_(product)
+
+
 def _add(total: Tensor, block: _Block, a: Tensor, b: Tensor) -> None:
-    """total += a @ b at the block's keys."""
+    """total += a^T @ b at the block's keys, of total `[b*K, D, S]`."""
     parts = [part.stop - part.start for part in block.keys]
-    for part, piece in zip(block.keys, a.split(parts, 1), strict=True):
-        if a.dtype == total.dtype:
-            total[block.pairs, part].baddbmm_(piece, b)
-        else:
-            total[block.pairs, part] += torch.bmm(piece, b)
+    for part, piece in zip(block.keys, b.split(parts, 2), strict=True):
+        total[block.pairs, :, part] += bmm(a.mT, piece)
 
 
 @_forward.register_fake
