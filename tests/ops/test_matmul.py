@@ -18,7 +18,8 @@ def called(request, monkeypatch):
     if request.param and not module._onednn():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(module, "MKL_IS_SLOW", request.param)
-    monkeypatch.setattr(module, "MIN_SINGLE", 1000)
+    for name in ("MIN_WORK", "MIN_SINGLE"):
+        monkeypatch.setattr(module, name, 1000)
     weights, call = [], module._onednn_linear
     monkeypatch.setattr(module, "_onednn_linear", lambda x, w, b: weights.append(w) or call(x, w, b))
     yield weights
@@ -69,6 +70,12 @@ def test_linear_and_its_gradients(called, sizes, bias):
         gradients = torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, wide, grad.double())
         for mine, theirs in zip((out, *gradients[0]), (expected, *gradients[1]), strict=True):
             assert mine.shape == theirs.shape and relative_error(mine, theirs) < 1e-6
+
+
+def test_without_a_gradient(called):
+    x, weight, bias = torch.randn(2, 1, 64), torch.randn(300, 64), torch.randn(300)
+    with torch.no_grad():
+        assert relative_error(linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double())) < 1e-6
 
 
 def test_only_what_is_wanted_is_differentiated(called):

@@ -55,7 +55,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def gated(activation: Activation, gate_up: Tensor) -> Tensor:
     """activation(gate) * up; `gate_up` is both, side by side in the last dimension."""
-    if activation == "silu" and not torch.compiler.is_compiling():  # which fuses for itself
+    if activation == "silu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which fuses for itself
         return _SwiGLU.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return ACTIVATIONS[activation](gate) * up

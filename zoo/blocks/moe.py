@@ -26,6 +26,7 @@ from zoo.blocks.context import SequenceContext
 from zoo.blocks.grouped import grouped_mm
 from zoo.blocks.linear import in_projection, out_projection_std
 from zoo.blocks.mlp import MLP, Activation, MLPConfig, gated
+from zoo.ops.matmul import linear
 from zoo.schema import Count, FieldError, NonNegative, Size
 
 if TYPE_CHECKING:
@@ -102,8 +103,8 @@ class Experts(nn.Module):
 
     def one(self, token: Tensor, expert: int) -> Tensor:
         """One expert for one token: `[hidden]` to `[hidden]`."""
-        gate_up = F.linear(token, self.gate_up_proj[expert])
-        return F.linear(gated(self.activation, gate_up), self.down_proj[expert])
+        gate_up = linear(token, self.gate_up_proj[expert])
+        return linear(gated(self.activation, gate_up), self.down_proj[expert])
 
 
 class Assignment(NamedTuple):

@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-# Sizes of the result and of the sum from which oneDNN is faster; below, its call costs more than it saves.
-MIN_SIZE, MIN_SUM = 32, 16
-MIN_SINGLE = 2**22  # multiplications in a matrix from which it is faster than MKL's batch
+# Multiplications from which oneDNN is faster; below, its call costs more than it saves. Also for a single row, where
+# MKL reads a matrix that is in no cache at a third of the speed.
+MIN_WORK = 2**18
+MIN_SINGLE = 2**22  # in one matrix, from which it is faster than MKL's batch
+MIN_SIZE = 16  # of the sum and of the weight's rows
 
 
 def _onednn() -> bool:
@@ -50,7 +52,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: `x` `[..., K]` times the transpose of `weight` `[N, K]`, plus `bias` `[N]`."""
     if not _pays(x, weight):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias)
+    return (_Linear.apply if torch.is_grad_enabled() else _linear)(x, weight, bias)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -74,8 +76,9 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and type(x) in _PLAIN  # neither a DTensor nor a fake one
         and type(weight) in _PLAIN
-        and x.shape[-1] == weight.shape[-1] >= MIN_SUM
-        and min(x.numel() // x.shape[-1], weight.shape[-2]) >= MIN_SIZE
+        and x.shape[-1] == weight.shape[-1] >= MIN_SIZE
+        and weight.shape[-2] >= MIN_SIZE
+        and x.numel() * weight.shape[-2] >= MIN_WORK
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -99,11 +102,15 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _multiply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _multiply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+        return _linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
