@@ -1,7 +1,8 @@
 """One training step, ours against the family's own transformers class: forward with labels, and backward.
 
 No optimiser on either side; gradients start as None each time. bfloat16 is autocast over float32 weights. Ours computes
-the routers' balancing losses as well, which transformers leaves out unless asked.
+the routers' balancing losses as well, which transformers leaves out unless asked. On a CPU the peer is measured twice:
+with freed memory kept, as train.py has it for ours, and with glibc's own settings, which its users have.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import zoo
 from benchmarks import models
 from benchmarks.rows import DTYPES, Options, Row, Task, Work, make_row
 from benchmarks.timing import alternate
+from zoo.train.memory import give_freed_memory_back, keep_freed_memory
 
 PASS = "training step"
+AS_IT_COMES = "transformers, memory not kept"
 
 
 class Size(NamedTuple):
@@ -72,7 +75,7 @@ def measure(name: str, size: Size, dtype: str, options: Options) -> Row:
         run(compiled)
         more["compile_s"] = round(time.perf_counter() - start, 1)
         candidates["zoo compiled"] = partial(run, compiled)
-    theirs = None
+    theirs, peers = None, {}
     if family is not None and "transformers" in options.peers:
         theirs = family.theirs().to(options.device).train()
         more["peer_parameters"] = models.parameters(theirs)
@@ -80,13 +83,17 @@ def measure(name: str, size: Size, dtype: str, options: Options) -> Row:
             raise RuntimeError(
                 f"{name} is not the peer's: {more['parameters']} and {more['peer_parameters']} parameters"
             )
-        if not size.slow:
-            candidates["transformers"] = partial(run, theirs)
+        peers = {"transformers": partial(run, theirs)}
+        if options.device == "cpu":
+            peers[AS_IT_COMES] = as_it_comes(partial(run, theirs))
+        if size.slow:
+            step(theirs, ids[:1, :16], dtype)
+        else:
+            candidates |= peers
     effort = options.effort or {"warmup": 2, "rounds": 9, "seconds": 30.0}
     timings = alternate(candidates, device=options.device, **effort)
     if theirs is not None and size.slow:
-        step(theirs, ids[:1, :16], dtype)
-        timings |= alternate({"transformers": partial(run, theirs)}, device=options.device, warmup=0, rounds=1)
+        timings |= alternate(peers, device=options.device, warmup=0, rounds=1)
     shape = {"batch": size.batch, "length": size.length}
     return make_row(
         {"what": name, "pass": PASS, "dtype": dtype, "shape": shape},
@@ -96,6 +103,19 @@ def measure(name: str, size: Size, dtype: str, options: Options) -> Row:
         ("zoo", "zoo compiled"),
         **more,
     )
+
+
+def as_it_comes(call: Callable[[], object]) -> Callable[[], None]:
+    """`call` without keep_freed_memory, which holds again afterwards."""
+
+    def under_defaults() -> None:
+        give_freed_memory_back()
+        try:
+            call()
+        finally:
+            keep_freed_memory()
+
+    return under_defaults
 
 
 def step(model: nn.Module, ids: Tensor, dtype: str) -> None:

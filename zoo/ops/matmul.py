@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 # Multiplications from which oneDNN is faster; below, its call costs more than it saves. Also for a single row, where
 # MKL reads a matrix that is in no cache at a third of the speed.
-MIN_WORK = 2**18
+MIN_WORK = 2**17
 MIN_SINGLE = 2**22  # in one matrix, from which it is faster than MKL's batch
 MIN_SIZE = 16  # of the sum and of the weight's rows
 
