@@ -6,7 +6,7 @@ import torch
 import zoo
 from benchmarks import models, train
 from benchmarks.rows import Options
-from benchmarks.train import Size, measure, step
+from benchmarks.train import AS_IT_COMES, Size, as_it_comes, measure, step
 
 OPTIONS = Options(quick=True, peaks={"float32": 1e12})
 
@@ -39,11 +39,19 @@ def test_a_slow_peer_runs_once_and_ours_as_usual(monkeypatch):
 
     monkeypatch.setattr(train, "step", counted)
     row = measure("mamba2", Size(2, 20, slow=True), "float32", OPTIONS)
-    assert [shape for name, shape in steps if name == "Mamba2ForCausalLM"] == [(1, 16), (2, 20)]
+    assert [shape for name, shape in steps if name == "Mamba2ForCausalLM"] == [(1, 16), (2, 20), (2, 20)]
     assert len([shape for name, shape in steps if name == "ZooForCausalLM"]) > 1
-    assert row["candidates"]["transformers"]["count"] == 1
+    assert row["candidates"]["transformers"]["count"] == row["candidates"][AS_IT_COMES]["count"] == 1
     assert row["parameters"] == row["peer_parameters"]
     assert row["candidates"]["zoo"]["ratios"]["transformers"] > 0
+
+
+def test_a_peer_as_it_comes_runs_without_our_settings(monkeypatch):
+    calls = []
+    for name in ("keep_freed_memory", "give_freed_memory_back"):
+        monkeypatch.setattr(train, name, lambda name=name: calls.append(name))
+    as_it_comes(lambda: calls.append("step"))()
+    assert calls == ["give_freed_memory_back", "step", "keep_freed_memory"]
 
 
 def test_the_work_of_a_step_is_three_forward_passes():
@@ -71,5 +79,5 @@ def test_the_125m_model_has_no_peer():
 def test_compiled_is_a_candidate_with_its_compile_time(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: model)
     row = measure("llama", Size(1, 16), "float32", Options(quick=True, compile=True))
-    assert row["candidates"]["zoo compiled"]["ratios"].keys() == {"transformers"}
+    assert row["candidates"]["zoo compiled"]["ratios"].keys() == {"transformers", AS_IT_COMES}
     assert row["compile_s"] >= 0

@@ -1,4 +1,4 @@
-"""keep_freed_memory, and undoing it: a large block that is freed and asked for again costs no new pages. In a process of its own."""
+"""keep_freed_memory, and undoing it: a large block freed and asked for again costs no new pages. In its own process."""
 
 import subprocess
 import sys
