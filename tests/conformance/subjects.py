@@ -27,9 +27,12 @@ SINKS = {**WINDOW, "num_kv_heads": 2, "num_sinks": 2}
 NO_ROPE = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "rope": None}
 LIGHTNING = {"kind": "lightning", "num_heads": 4}
 MAMBA = {"kind": "mamba", "state_size": 4}
-JAMBA = {"kind": "mamba", "state_size": 4, "conv_kernel": 3, "inner_norms": True}
+JAMBA = {"kind": "mamba", "state_size": 4, "conv_kernel": 3, "inner_norms": True, "bias": True, "conv_bias": False}
 MAMBA2 = {"kind": "mamba2", "num_heads": 3, "head_dim": 8, "state_size": 6, "conv_kernel": 2}
-MAMBA2_GROUPS = {"kind": "mamba2", "head_dim": 16, "state_size": 8, "num_groups": 2}
+MAMBA2_GROUPS = {
+    "kind": "mamba2", "head_dim": 16, "state_size": 8, "num_groups": 2, "bias": True, "conv_bias": False,
+    "dt_min": 0.01, "dt_max": 0.08,
+}  # fmt: skip
 
 
 def _stack(pattern: str, blocks: dict[str, dict], **fields: Any) -> dict[str, Any]:

@@ -43,19 +43,20 @@ class Embedding(nn.Embedding):
 
 
 class DepthwiseConv(nn.Module):
-    """Weights of a causal depthwise convolution, `weight` `[channels, kernel]` and `bias` `[channels]`, for the op
-    `causal_conv1d`. Initialised as nn.Conv1d is (uniform within 1/sqrt(kernel))."""
+    """Weights of a causal depthwise convolution, `weight` `[channels, kernel]` and `bias` `[channels]` or None, for the
+    op `causal_conv1d`. Initialised as nn.Conv1d is (uniform within 1/sqrt(kernel))."""
 
-    def __init__(self, channels: int, kernel: int) -> None:
+    def __init__(self, channels: int, kernel: int, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, kernel))
-        self.bias = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         bound = 1 / math.sqrt(self.weight.shape[1])
         init.uniform_(self.weight, -bound, bound)
-        init.uniform_(self.bias, -bound, bound)
+        if self.bias is not None:
+            init.uniform_(self.bias, -bound, bound)
 
 
 def in_projection(model: ZooConfig, in_features: int, out_features: int, bias: bool = False) -> Linear:

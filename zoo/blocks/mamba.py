@@ -44,6 +44,8 @@ class MambaConfig(MixerConfig):
     conv_kernel        taps of the short convolution.
     dt_rank            rank of the step size's projection; default hidden_size / 16, rounded up.
     inner_norms        RMS-normalise dt, B and C (Jamba).
+    bias               biases on the first and last projection.
+    conv_bias          a bias on the short convolution.
     """
 
     intermediate_size: Size | None = None
@@ -51,6 +53,8 @@ class MambaConfig(MixerConfig):
     conv_kernel: Size = 4
     dt_rank: Size | None = None
     inner_norms: bool = False
+    bias: bool = False
+    conv_bias: bool = True
 
     def resolve(self, model: ZooConfig) -> Self:
         return replace(
@@ -74,8 +78,8 @@ class Mamba(Mixer):
         assert config.intermediate_size is not None and config.dt_rank is not None, "resolve() fills them in"
         self.config = config
         self.channels, self.state_size, self.dt_rank = config.intermediate_size, config.state_size, config.dt_rank
-        self.in_proj = in_projection(model, model.hidden_size, 2 * self.channels)
-        self.conv = DepthwiseConv(self.channels, config.conv_kernel)
+        self.in_proj = in_projection(model, model.hidden_size, 2 * self.channels, config.bias)
+        self.conv = DepthwiseConv(self.channels, config.conv_kernel, config.conv_bias)
         self.x_proj = in_projection(model, self.channels, self.dt_rank + 2 * self.state_size)
         norm = NormConfig(eps=model.norm_config.eps)
         sizes = (self.dt_rank, self.state_size, self.state_size)
@@ -84,7 +88,7 @@ class Mamba(Mixer):
         self.dt_bias = nn.Parameter(torch.empty(self.channels, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(self.channels, self.state_size, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(self.channels, dtype=torch.float32))
-        self.out_proj = out_projection(model, self.channels)
+        self.out_proj = out_projection(model, self.channels, config.bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

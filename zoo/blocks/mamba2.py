@@ -2,7 +2,7 @@
 linear attention (state-space duality) with q = C, k = B, v = dt x, log_decay = dt A.
 
     [z, x, B, C, dt] = W_in x;   [x, B, C] = SiLU(conv([x, B, C]))
-    dt = softplus(dt + dt_bias);   A = -exp(A_log)
+    dt = clamp(softplus(dt + dt_bias), dt_min, dt_max);   A = -exp(A_log)
     S_t = exp(dt_t A) S_(t-1) + B_t (dt_t x_t)^T;   y_t = C_t S_t + D x_t
     output W_out RMSNorm_group(y * SiLU(z))            gated before the norm; one norm per group
 
@@ -25,7 +25,7 @@ from zoo.blocks.context import SequenceContext
 from zoo.blocks.linear import DepthwiseConv, in_projection, out_projection
 from zoo.blocks.mamba import initial_dt_bias
 from zoo.blocks.state import State
-from zoo.schema import FieldError, Size
+from zoo.schema import FieldError, NonNegative, Positive, Size
 
 if TYPE_CHECKING:
     from zoo.config import ZooConfig
@@ -42,6 +42,10 @@ class Mamba2Config(MixerConfig):
     state_size   states per head.
     num_groups   groups of heads that share B and C, and one norm each.
     conv_kernel  taps of the short convolution.
+    bias         biases on both projections.
+    conv_bias    a bias on the short convolution.
+    dt_min       the least step size.
+    dt_max       the largest; default none.
     """
 
     num_heads: Size | None = None
@@ -49,6 +53,10 @@ class Mamba2Config(MixerConfig):
     state_size: Size = 128
     num_groups: Size = 1
     conv_kernel: Size = 4
+    bias: bool = False
+    conv_bias: bool = True
+    dt_min: NonNegative = 0.0
+    dt_max: Positive | None = None
 
     def resolve(self, model: ZooConfig) -> Self:
         num_heads = self.num_heads
@@ -61,6 +69,8 @@ class Mamba2Config(MixerConfig):
             num_heads = 2 * model.hidden_size // self.head_dim
         if num_heads % self.num_groups:
             raise FieldError("num_groups", f"must divide num_heads ({num_heads}), got {self.num_groups}")
+        if self.dt_max is not None and self.dt_max < self.dt_min:
+            raise FieldError("dt_max", f"must be at least dt_min ({self.dt_min}), got {self.dt_max}")
         return replace(self, num_heads=num_heads)
 
 
@@ -76,13 +86,14 @@ class Mamba2(Mixer):
         self.inner = self.num_heads * self.head_dim
         self.conv_channels = self.inner + 2 * self.num_groups * self.state_size
         self.norm_eps = model.norm_config.eps
-        self.in_proj = in_projection(model, model.hidden_size, self.inner + self.conv_channels + self.num_heads)
-        self.conv = DepthwiseConv(self.conv_channels, config.conv_kernel)
+        width = self.inner + self.conv_channels + self.num_heads
+        self.in_proj = in_projection(model, model.hidden_size, width, config.bias)
+        self.conv = DepthwiseConv(self.conv_channels, config.conv_kernel, config.conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.norm_weight = nn.Parameter(torch.empty(self.inner))
-        self.out_proj = out_projection(model, self.inner)
+        self.out_proj = out_projection(model, self.inner, config.bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -109,6 +120,8 @@ class Mamba2(Mixer):
         B, C = (part.unflatten(-1, (self.num_groups, self.state_size)) for part in (B, C))
         wide = torch.promote_types(x.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + self.dt_bias)
+        if self.config.dt_min > 0 or self.config.dt_max is not None:
+            dt = dt.clamp(self.config.dt_min, self.config.dt_max)
         out, S = ops.linear_attention(
             C,
             B,

@@ -1,0 +1,172 @@
+"""Every family's models, in and out: the same logits, loss and gradients, and the same tensors bit for bit."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import zoo
+from tests.models.families.parity import CASES, CONFIGS, close, ids, theirs
+from zoo.models.families import FAMILIES, FamilyError
+
+
+def test_every_family_is_tried():
+    assert set(CONFIGS) == set(FAMILIES) and all(len(configs) >= 3 for configs in CONFIGS.values())
+
+
+@pytest.mark.parametrize(("family", "index"), CASES)
+def test_the_same_logits(family, index):
+    net = theirs(family, index)
+    ours, tokens = zoo.from_hf(net), ids(net)
+    assert close(ours(tokens).logits, net(tokens, use_cache=False).logits)
+
+
+@pytest.mark.parametrize(("family", "index"), CASES)
+def test_left_padded_rows_are_as_each_row_alone(family, index):
+    """Against transformers' row alone: its own padded batches are wrong for some families."""
+    net = theirs(family, index)
+    ours, tokens = zoo.from_hf(net), ids(net)
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    padded = tokens.where(mask.bool(), 0)
+    logits = ours(padded, attention_mask=mask).logits
+    assert close(logits[0, 5:], net(tokens[:1, 5:], use_cache=False).logits[0])
+    assert close(logits[1], net(tokens[1:], use_cache=False).logits[0])
+
+
+@pytest.mark.parametrize(("family", "index"), CASES)
+def test_the_same_greedy_continuation_with_and_without_cache(family, index):
+    net = theirs(family, index)
+    ours, tokens = zoo.from_hf(net), ids(net, 1, 9)
+    expected = tokens
+    with torch.no_grad():
+        for _ in range(8):  # without its cache, which some families cannot use
+            expected = torch.cat([expected, net(expected, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        arguments = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        for use_cache in (True, False):
+            assert torch.equal(ours.generate(tokens, use_cache=use_cache, **arguments), expected)
+
+
+@pytest.mark.parametrize(("family", "index"), CASES)
+def test_the_same_loss_and_gradients(family, index):
+    net = theirs(family, index)
+    ours, tokens = zoo.from_hf(net), ids(net)
+    out, mine = net(tokens, labels=tokens, use_cache=False), ours(tokens, labels=tokens)
+    assert close(mine.loss, out.loss)
+    out.loss.backward(), mine.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        form = FAMILIES[family].forms(ours.config, name)[-1]
+        for their_name, gradient in zip(form.names(), form.split(parameter.grad), strict=True):
+            assert close(gradient, gradients.pop(their_name), 1e-4), their_name
+    assert not gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "index"), CASES)
+def test_out_again_bit_for_bit(family, index, dtype):
+    net = theirs(family, index, dtype)
+    back = zoo.to_hf(zoo.from_hf(net))
+    assert type(back) is type(net) and back.training == net.training
+    before, after = net.state_dict(), back.state_dict()
+    assert list(before) == list(after)
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor), name
+    read = FAMILIES[family].model_file
+    assert read(back.config).to_mapping() == read(net.config).to_mapping()
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_reads_as_its_model(family, shard, tmp_path):
+    net = theirs(family, 0)
+    net.save_pretrained(tmp_path, max_shard_size=shard)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (shard == "20KB")
+    ours, direct = zoo.from_hf(tmp_path), zoo.from_hf(net)
+    assert ours.config.to_mapping() == direct.config.to_mapping()
+    for (name, one), (_, other) in zip(ours.named_parameters(), direct.named_parameters(), strict=True):
+        assert torch.equal(one, other) and one.requires_grad, name
+
+
+def test_a_config_of_another_family_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtrol"}))
+    with pytest.raises(FamilyError, match=r"config.json: unknown model_type 'mixtrol'; .*mixtral"):
+        zoo.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "llama: hidden_act is 'gelu'; supported is 'silu'"),
+        ("llama", {"attention_dropout": 0.1}, "llama: attention_dropout is 0.1"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "mixtral: router_jitter_noise is 0.1"),
+        ("mamba", {"hidden_act": "gelu"}, "mamba: hidden_act is 'gelu'"),
+        ("llama", {"something_new": 3}, "llama: something_new is 3, which is not supported"),
+    ],
+)
+def test_an_option_that_ours_lacks_is_refused(family, change, message):
+    net = theirs(family, 0)
+    for name, value in change.items():
+        setattr(net.config, name, value)
+    with pytest.raises(FamilyError, match=message):
+        zoo.from_hf(net)
+
+
+def saved(tmp_path):
+    theirs("mixtral", 0).save_pretrained(tmp_path)
+    return tmp_path / "model.safetensors"
+
+
+def test_tensors_that_are_missing_left_over_or_of_another_shape(tmp_path):
+    file = saved(tmp_path)
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    for change, message in (
+        ({name: None}, f"missing tensors: {name}"),
+        ({"model.layers.0.extra": torch.zeros(3)}, "tensors that nothing here reads: model.layers.0.extra"),
+        ({"model.norm.weight": torch.zeros(5)}, r"model.norm.weight: is \[5\], the configuration says \[32\]"),
+    ):
+        changed = {key: value for key, value in (tensors | change).items() if value is not None}
+        save_file(changed, file, metadata={"format": "pt"})
+        with pytest.raises(FamilyError, match=message):
+            zoo.from_hf(tmp_path)
+
+
+def test_broken_folders(tmp_path):
+    file = saved(tmp_path)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FamilyError, match=r"model.safetensors: cannot be read"):
+        zoo.from_hf(tmp_path)
+    file.unlink()
+    with pytest.raises(FamilyError, match=r"has neither model.safetensors nor model.safetensors.index.json$"):
+        zoo.from_hf(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(FamilyError, match=r"pytorch_model.bin is a pickle and is not read"):
+        zoo.from_hf(tmp_path)
+    with pytest.raises(FamilyError, match=r"has no config.json"):
+        zoo.from_hf(tmp_path / "nowhere")
+
+
+def test_a_model_that_no_family_has():
+    config = {"vocab_size": 40, "hidden_size": 16, "pattern": "a b", "blocks": {
+        "a": {"mixer": {"kind": "lightning", "num_heads": 2}},
+        "b": {"mixer": {"kind": "mamba"}},
+    }}  # fmt: skip
+    with pytest.raises(FamilyError, match="no family of transformers has this model: is no minimax: "):
+        zoo.to_hf(zoo.build(config))
+
+
+def test_ours_becomes_theirs():
+    """A model that was never theirs."""
+    block = {"mixer": {"kind": "mamba2", "head_dim": 8}}
+    config = {"vocab_size": 40, "hidden_size": 16, "pattern": "m*2", "blocks": {"m": block}}
+    ours = zoo.build(config).eval()
+    net = zoo.to_hf(ours)
+    assert type(net) is transformers.Mamba2ForCausalLM
+    tokens = ids(net)
+    assert close(ours(tokens).logits, net(tokens, use_cache=False).logits)

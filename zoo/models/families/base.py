@@ -1,0 +1,244 @@
+"""What a family is: its configuration read as a model file and written back, and its tensors' names, as data.
+
+Names are given by part: `blocks[kind]` holds the tensors of a mixer or feed-forward of that kind, ours relative to
+`mixer.` or `ffn.`, theirs relative to the layer. `proj.*` stands for a module's weight and bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from zoo.config import ConfigError, Layer, ZooConfig, load_config
+from zoo.schema import shown
+
+
+class FamilyError(ValueError):
+    """A model that cannot be read or written: one line with what stands in the way."""
+
+
+@dataclass(frozen=True)
+class Same:
+    """The same tensor by another name. `{i}` is the layer."""
+
+    name: str
+
+    def names(self) -> list[str]:
+        return [self.name]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Ours, of theirs in the order of `names`."""
+        return tensors[0]
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """Theirs in the order of `names`, of ours."""
+        return [tensor]
+
+
+@dataclass(frozen=True)
+class Taps(Same):
+    """The weight of an nn.Conv1d of one channel per group, `[channels, 1, kernel]`; ours is `[channels, kernel]`."""
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0].squeeze(1)
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor.unsqueeze(1)]
+
+
+@dataclass(frozen=True)
+class PerExpert:
+    """One tensor per expert `{e}` and pattern; ours is `[experts, rows of all patterns, columns]`."""
+
+    patterns: tuple[str, ...]
+    experts: int = 0
+
+    def names(self) -> list[str]:
+        return [pattern.replace("{e}", str(e)) for e in range(self.experts) for pattern in self.patterns]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(tensors)).unflatten(0, (self.experts, -1))
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        return [part for expert in tensor for part in expert.chunk(len(self.patterns))]
+
+
+Form = Same | PerExpert
+# One layout, or several: the checkpoint's first, that of transformers' module last.
+Names = Mapping[str, str | Form | Sequence[str | Form]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture of transformers.
+
+    model_type   as in its config.json.
+    model_class  its causal language model in transformers.
+    read         the model file of a configuration, from its Fields.
+    write        the configuration's fields for a model, or FamilyError; may assume more than is so: the result is read
+                 back and compared.
+    outside      tensors that belong to no layer.
+    layer        tensors of a layer beside its mixer and feed-forward.
+    blocks       tensors by kind of mixer or feed-forward.
+    prefix       of a layer's tensors there.
+    derived      endings of tensors that follow from the configuration; not read.
+    """
+
+    model_type: str
+    model_class: str
+    read: Callable[[Fields], dict[str, Any]]
+    write: Callable[[ZooConfig], dict[str, Any]]
+    outside: Names
+    layer: Names
+    blocks: Mapping[str, Names]
+    prefix: str = "model.layers.{i}."
+    derived: tuple[str, ...] = ()
+
+    def config(self, model: ZooConfig) -> PreTrainedConfig:
+        """The family's configuration of a model.
+
+        Raises:
+            FamilyError: the family has no such model.
+        """
+        try:
+            given = self.write(model)
+            tokens = {name: getattr(model, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            common = {
+                "vocab_size": model.vocab_size,
+                "hidden_size": model.hidden_size,
+                "num_hidden_layers": model.num_hidden_layers,
+                "initializer_range": model.initializer_range,
+                "tie_word_embeddings": model.tie_word_embeddings,
+            }
+            config = transformers.AutoConfig.for_model(self.model_type, **tokens | common | given)
+            again = self.model_file(config)
+        except (AttributeError, KeyError, IndexError, ValueError) as error:
+            raise FamilyError(f"is no {self.model_type}: {error}") from None
+        difference = _difference(model, again)
+        if difference:
+            raise FamilyError(f"is no {self.model_type}: {difference}")
+        return config
+
+    def model_file(self, config: PreTrainedConfig) -> ZooConfig:
+        """The model that a configuration describes.
+
+        Raises:
+            FamilyError: an option that ours does not have, with its name and value.
+        """
+        given = Fields(config)
+        common = {
+            "vocab_size": given("vocab_size"),
+            "hidden_size": given("hidden_size"),
+            "initializer_range": given("initializer_range"),
+            "tie_word_embeddings": given("tie_word_embeddings"),
+            **{name: given(name) for name in ("bos_token_id", "pad_token_id")},
+            "eos_token_id": given.one_token("eos_token_id"),
+        }
+        given("num_hidden_layers")  # follows from the pattern
+        mapping = common | self.read(given)
+        given.finish()
+        try:
+            return load_config({name: value for name, value in mapping.items() if value is not None})
+        except ConfigError as error:
+            raise FamilyError(f"{self.model_type}: {error}") from None
+
+    def forms(self, model: ZooConfig, name: str) -> list[Form]:
+        """The layouts in which a checkpoint may hold our tensor `name`."""
+        names, prefix, rest = self.outside, "", name
+        experts = 0
+        if name.startswith("model.layers."):
+            _, _, i, rest = name.split(".", 3)
+            layer, prefix = model.layers[int(i)], self.prefix.replace("{i}", i)
+            role, _, inner = rest.partition(".")
+            names = self.layer
+            if role in ("mixer", "ffn"):
+                part = getattr(layer, role)
+                names, rest = self.blocks[part.kind], inner
+                experts = getattr(part.config, "num_experts", 0)
+        module, _, leaf = rest.rpartition(".")
+        given = names[rest] if rest in names else names[f"{module}.*"]
+        layouts = [given] if isinstance(given, str | Same | PerExpert) else given
+        return [_form(layout, prefix, leaf, experts) for layout in layouts]
+
+
+def _form(layout: str | Form, prefix: str, leaf: str, experts: int) -> Form:
+    def full(name: str) -> str:
+        return prefix + (name[:-1] + leaf if name.endswith(".*") else name)
+
+    if isinstance(layout, PerExpert):
+        return PerExpert(tuple(full(pattern) for pattern in layout.patterns), experts)
+    return Same(full(layout)) if isinstance(layout, str) else type(layout)(full(layout.name))
+
+
+def _difference(one: Any, other: Any) -> str | None:
+    """The first thing in which two models, or parts of them, differ; None if they are the same once built."""
+    names: Sequence[str]
+    if isinstance(one, ZooConfig):
+        names = ("vocab_size", "hidden_size", "tie_word_embeddings", "norm_config", "num_hidden_layers", "layers")
+    elif isinstance(one, Layer):
+        names = ("mixer", "ffn", "norm", "residual")
+    elif is_dataclass(one) and type(one) is type(other):
+        names = [field.name for field in fields(one)]
+    elif isinstance(one, tuple):
+        found = ((i, _difference(*pair)) for i, pair in enumerate(zip(one, other, strict=True)))
+        return next((f"{i}.{difference}" for i, difference in found if difference), None)
+    else:
+        return None if one == other else f" is {shown(one)}, there {shown(other)}"
+    found = ((name, _difference(getattr(one, name), getattr(other, name))) for name in names)
+    return next((f"{name}.{difference}".replace(". ", " ") for name, difference in found if difference), None)
+
+
+# Fields that change no number of a forward pass without dropout, or only how transformers computes it.
+_IMMATERIAL = {
+    "max_position_embeddings", "use_cache", "use_mamba_kernels", "use_mambapy", "use_associative_scan", "chunk_size",
+    "block_size", "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "residual_in_fp32",
+    "rescale_prenorm_residual", "time_step_min", "time_step_max", "time_step_floor", "time_step_init_scheme",
+    "time_step_scale", "time_step_rank",
+}  # fmt: skip
+
+
+class Fields:
+    """A configuration's fields, each of which must be read, be at its default, or not matter."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.model_type = config.model_type
+        self.values = config.to_dict()
+        # What every configuration has is about saving, generating and training, except for these.
+        inherited = set(PreTrainedConfig().to_dict()) - {"tie_word_embeddings", "bos_token_id", "pad_token_id"}
+        self.defaults = {**type(config)().to_dict(), **{name: self.values.get(name) for name in inherited}}
+        self.read: set[str] = set()
+
+    def __call__(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def only(self, name: str, *allowed: Any) -> Any:
+        """The field's value, one of `allowed`.
+
+        Raises:
+            FamilyError: it is another one.
+        """
+        value = self(name)
+        if value not in allowed:
+            choices = " or ".join(shown(each) for each in allowed)
+            raise FamilyError(f"{self.model_type}: {name} is {shown(value)}; supported is {choices}")
+        return value
+
+    def one_token(self, name: str) -> int | None:
+        value = self(name)
+        if isinstance(value, list):
+            raise FamilyError(f"{self.model_type}: {name} is {shown(value)}; supported is one token")
+        return value
+
+    def finish(self) -> None:
+        """Raises FamilyError at the first field that nobody read and that is not at its default."""
+        for name, value in self.values.items():
+            if name not in self.read | _IMMATERIAL and value != self.defaults.get(name):
+                raise FamilyError(f"{self.model_type}: {name} is {shown(value)}, which is not supported")

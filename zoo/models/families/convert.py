@@ -1,0 +1,206 @@
+"""Models of transformers in and out: `from_hf` and `to_hf`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from zoo.config import ZooConfig
+from zoo.models.build import build
+from zoo.models.families import FAMILIES
+from zoo.models.families.base import Family, FamilyError
+from zoo.models.modeling import ZooForCausalLM
+from zoo.schema import nearest
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+LISTED = 5  # names in an error message
+
+
+def from_hf(source: PreTrainedModel | str | Path) -> ZooForCausalLM:
+    """A model of transformers as ours: the same numbers, in the dtype of its weights (rates and decays in float32).
+
+    Args:
+        source: a causal language model, or the folder of one: config.json and safetensors. Nothing in it is run.
+
+    Raises:
+        FamilyError: an architecture or an option that ours does not have; files that are missing or broken; tensors
+            that are missing, left over, or of another shape.
+    """
+    if isinstance(source, PreTrainedModel):
+        # The language model alone computes the same as what saved it.
+        return _load(source.config, source.state_dict())
+    with Checkpoint(Path(source)) as checkpoint:
+        return _load(checkpoint.config, checkpoint)
+
+
+def to_hf(model: ZooForCausalLM) -> PreTrainedModel:
+    """Our model as its family's own class in transformers, with copies of the weights.
+
+    Raises:
+        FamilyError: no family has such a model.
+    """
+    family, config = family_of(model.config)
+    theirs = getattr(transformers, family.model_class)(config).to(model.dtype)
+    parameters = dict(theirs.named_parameters())
+    given = set()
+    for name, tensor in ours(model):
+        form = family.forms(model.config, name)[-1]
+        for their_name, part in zip(form.names(), form.split(tensor), strict=True):
+            parameters[their_name].data = as_exported(part, model.dtype).clone()
+            given.add(their_name)
+    assert given == set(parameters), f"not given: {set(parameters) - given}"
+    return theirs.train(model.training)
+
+
+def family_of(model: ZooConfig) -> tuple[Family, PreTrainedConfig]:
+    """The family that has this model, and its configuration there.
+
+    Raises:
+        FamilyError: none has; with what stands in the way of each.
+    """
+    reasons = []
+    for family in FAMILIES.values():
+        try:
+            return family, family.config(model)
+        except FamilyError as error:
+            reasons.append(str(error))
+    raise FamilyError("no family of transformers has this model: " + "; ".join(reasons))
+
+
+def as_exported(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the model's dtype, unless that would lose bits: rates and decays are float32 here whatever they came in."""
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+
+
+def ours(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Our parameters; a tied head is the embedding and not named."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter.detach()
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a folder's safetensors files, read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "config.json").is_file():
+            raise FamilyError(f"{folder}: has no config.json; give the folder of a transformers checkpoint")
+        self.config = read_config(folder / "config.json")
+        self.files: dict[str, Any] = {}
+        self.place = self._index()
+
+    def _index(self) -> dict[str, str]:
+        index = self.folder / INDEX
+        if index.is_file():
+            return json.loads(index.read_text())["weight_map"]
+        if not (self.folder / SINGLE).is_file():
+            others = sorted(f.name for f in self.folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+            hint = f"; {others[0]} is a pickle and is not read: convert it to safetensors" if others else ""
+            raise FamilyError(f"{self.folder}: has neither {SINGLE} nor {INDEX}{hint}")
+        return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+
+    def _open(self, file: str) -> Any:
+        if file not in self.files:
+            try:
+                self.files[file] = safe_open(self.folder / file, framework="pt")
+            except Exception as error:  # safetensors raises its own, OSError and others
+                raise FamilyError(f"{self.folder / file}: cannot be read: {error}") from None
+        return self.files[file]
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self._open(self.place[name]).get_tensor(name)
+        except FamilyError:
+            raise
+        except Exception as error:
+            raise FamilyError(f"{self.folder / self.place[name]}: {name}: {error}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.place)
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.files.clear()
+
+
+def read_config(file: Path) -> PreTrainedConfig:
+    """A config.json of a family we know.
+
+    Raises:
+        FamilyError: it is broken, or of another architecture.
+    """
+    try:
+        values = json.loads(file.read_text())
+        model_type = values.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise FamilyError(f"{file}: cannot be read: {error}") from None
+    family_named(model_type, str(file))
+    return CONFIG_MAPPING[model_type].from_json_file(file)
+
+
+def family_named(model_type: object, where: str) -> Family:
+    if model_type not in FAMILIES:
+        raise FamilyError(f"{where}: unknown model_type {model_type!r}; {nearest(str(model_type), FAMILIES)}")
+    return FAMILIES[str(model_type)]
+
+
+def _load(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> ZooForCausalLM:
+    family = family_named(config.model_type, type(config).__name__)
+    model = build(family.model_file(config), device="meta", dtype=_dtype(tensors))
+    left = {name for name in tensors if not name.endswith(family.derived or ("\0",))}
+    if config.tie_word_embeddings:
+        left.discard("lm_head.weight")
+    found = {}
+    missing = []
+    for name, parameter in model.named_parameters():
+        forms = family.forms(model.config, name)
+        form = next((form for form in forms if all(each in tensors for each in form.names())), None)
+        if form is None:
+            missing.append(forms[0].names()[0])
+            continue
+        left.difference_update(form.names())
+        tensor = form.join([tensors[each] for each in form.names()])
+        if tensor.shape != parameter.shape:
+            shapes = f"is {list(tensor.shape)}, the configuration says {list(parameter.shape)}"
+            raise FamilyError(f"{form.names()[0]}: {shapes}")
+        found[name] = tensor.to(parameter.dtype, copy=True)
+    if missing:
+        raise FamilyError(f"missing tensors: {_some(missing)}")
+    if left:
+        raise FamilyError(f"tensors that nothing here reads: {_some(sorted(left))}")
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if any(True for _ in module.buffers(recurse=False)):
+            module.reset_parameters()
+    model.load_state_dict(found, strict=False, assign=True)
+    model.tie_weights()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model.eval()
+
+
+def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """Of the embedding: what else there is may be in float32 on purpose."""
+    name = next((name for name in tensors if name.endswith(("embed_tokens.weight", "embeddings.weight"))), None)
+    if name is None:
+        raise FamilyError("missing tensors: the embedding")
+    return tensors[name].dtype
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

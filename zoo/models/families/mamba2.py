@@ -1,0 +1,75 @@
+"""Mamba-2 (Dao and Gu 2024, arXiv:2405.21060)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from zoo.config import ZooConfig
+from zoo.models.families import parts
+from zoo.models.families.base import Family, FamilyError, Fields, Taps
+from zoo.models.families.mamba import LAYER, OUTSIDE
+
+MIXER = {
+    "A_log": "A_log",
+    "D": "D",
+    "dt_bias": "dt_bias",
+    "conv.weight": Taps("conv1d.weight"),
+    "conv.bias": "conv1d.bias",
+    "in_proj.*": "in_proj.*",
+    "norm_weight": "norm.weight",
+    "out_proj.*": "out_proj.*",
+}
+
+
+def read(fields: Fields) -> dict[str, Any]:
+    fields.only("hidden_act", "silu")
+    inner = int(fields("expand") * fields("hidden_size"))
+    if inner != fields("num_heads") * fields("head_dim"):
+        raise FamilyError(f"mamba2: expand * hidden_size is {inner}; it must be num_heads * head_dim")
+    least, most = fields("time_step_limit")
+    mixer = {
+        "kind": "mamba2",
+        "num_heads": fields("num_heads"),
+        "head_dim": fields("head_dim"),
+        "state_size": fields("state_size"),
+        "num_groups": fields("n_groups"),
+        "conv_kernel": fields("conv_kernel"),
+        "bias": fields("use_bias"),
+        "conv_bias": fields("use_conv_bias"),
+        "dt_min": float(least),
+        "dt_max": None if math.isinf(most) else float(most),
+    }
+    return {
+        "norm": {"eps": fields("layer_norm_epsilon")},
+        "blocks": {"mamba2": {"mixer": mixer}},
+        "pattern": f"mamba2*{fields('num_hidden_layers')}",
+    }
+
+
+def write(model: ZooConfig) -> dict[str, Any]:
+    mixer = parts.first(model, "mamba2")
+    return {
+        "layer_norm_epsilon": model.norm_config.eps,
+        "expand": parts.expansion(mixer.num_heads * mixer.head_dim, model),
+        "num_heads": mixer.num_heads,
+        "head_dim": mixer.head_dim,
+        "state_size": mixer.state_size,
+        "n_groups": mixer.num_groups,
+        "conv_kernel": mixer.conv_kernel,
+        "use_bias": mixer.bias,
+        "use_conv_bias": mixer.conv_bias,
+        "time_step_limit": (mixer.dt_min, math.inf if mixer.dt_max is None else mixer.dt_max),
+    }
+
+
+FAMILY = Family(
+    model_type="mamba2",
+    model_class="Mamba2ForCausalLM",
+    read=read,
+    write=write,
+    outside=OUTSIDE,
+    layer=LAYER,
+    blocks={"mamba2": parts.within("mixer", MIXER)},
+    prefix="backbone.layers.{i}.",
+)

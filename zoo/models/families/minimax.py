@@ -1,0 +1,76 @@
+"""MiniMax-Text-01 (MiniMax 2025, arXiv:2501.08313) as transformers has it: every dimension is rotated, and one formula
+gives the decays for any number of heads (`slopes: geometric`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zoo.config import ZooConfig
+from zoo.models.families import parts
+from zoo.models.families.base import Family, Fields
+
+MIXERS = {"linear_attention": "lightning", "full_attention": "softmax"}
+
+
+def read(fields: Fields) -> dict[str, Any]:
+    attention = parts.attention(fields)
+    lightning = {
+        "kind": "lightning",
+        "num_heads": fields("num_attention_heads"),
+        "head_dim": fields("head_dim"),
+        "slopes": "geometric",
+    }
+    ffn = {"ffn_alpha": float(fields("mlp_alpha_factor")), "ffn_beta": float(fields("mlp_beta_factor"))}
+
+    def block(mixer: dict[str, Any], name: str) -> dict[str, Any]:
+        weights = {f"mixer_{each}": float(fields(f"{name}_attn_{each}_factor")) for each in ("alpha", "beta")}
+        return {"mixer": mixer, "residual": {"kind": "normalized"} | weights | ffn}
+
+    return {
+        "norm": {"eps": fields("rms_norm_eps")},
+        "defaults": {"ffn": parts.experts(fields, "num_local_experts", renormalize=True)},
+        "blocks": {"lightning": block(lightning, "linear"), "softmax": block(attention, "full")},
+        "pattern": parts.pattern([MIXERS[name] for name in fields("layer_types")]),
+    }
+
+
+def write(model: ZooConfig) -> dict[str, Any]:
+    kinds = {"lightning": "linear_attention", "attention": "full_attention"}
+    fields = {
+        "layer_types": [kinds[layer.mixer.kind] for layer in model.layers],
+        "rms_norm_eps": model.norm_config.eps,
+        "mlp_alpha_factor": model.layers[0].residual.ffn_alpha,
+        "mlp_beta_factor": model.layers[0].residual.ffn_beta,
+    }
+    for layer in model.layers:
+        name = kinds[layer.mixer.kind].partition("_")[0]
+        fields |= {f"{name}_attn_{each}_factor": getattr(layer.residual, f"mixer_{each}") for each in ("alpha", "beta")}
+    if parts.has(model, "attention"):
+        fields |= parts.attention_fields(parts.first(model, "attention"))
+        fields.pop("attention_bias")
+    else:
+        lightning = parts.first(model, "lightning")
+        fields |= {"num_attention_heads": lightning.num_heads, "num_key_value_heads": lightning.num_heads}
+        fields |= {"head_dim": lightning.head_dim}
+    return fields | parts.expert_fields(parts.first(model, "moe"), "num_local_experts")
+
+
+FAMILY = Family(
+    model_type="minimax",
+    model_class="MiniMaxForCausalLM",
+    read=read,
+    write=write,
+    outside=parts.OUTSIDE,
+    layer=parts.LAYER,
+    blocks={
+        "attention": parts.ATTENTION,
+        "lightning": {
+            "qkv_proj.*": "self_attn.qkv_proj.*",
+            "gate_proj.*": "self_attn.output_gate.*",
+            "norm.*": "self_attn.norm.*",
+            "o_proj.*": "self_attn.out_proj.*",
+        },
+        "moe": parts.EXPERTS,
+    },
+    derived=("slope_rate", "query_decay", "key_decay", "diagonal_decay"),
+)

@@ -1,0 +1,170 @@
+"""What families have in common: fields of attention, rotary positions, experts, and the names of their tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zoo.blocks.attention import AttentionConfig
+from zoo.blocks.moe import MoEConfig
+from zoo.blocks.rope import RopeConfig
+from zoo.config import ZooConfig
+from zoo.models.families.base import FamilyError, Fields, Names, PerExpert
+
+OUTSIDE = {
+    "model.embed_tokens.weight": "model.embed_tokens.weight",
+    "model.norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+LAYER = {"mixer_norm.weight": "input_layernorm.weight", "ffn_norm.weight": "post_attention_layernorm.weight"}
+ATTENTION = {f"{part}_proj.*": f"self_attn.{part}_proj.*" for part in "qkvo"}
+MLP = {f"{part}_proj.*": f"{part}_proj.*" for part in ("gate", "up", "down")}
+# As Mixtral was released; transformers holds all experts in one tensor.
+EXPERTS = {
+    "router.weight": ("block_sparse_moe.gate.weight", "mlp.gate.weight"),
+    "experts.gate_up_proj": (
+        PerExpert(("block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight")),
+        "mlp.experts.gate_up_proj",
+    ),
+    "experts.down_proj": (PerExpert(("block_sparse_moe.experts.{e}.w2.weight",)), "mlp.experts.down_proj"),
+}
+
+
+def attention(fields: Fields, rotary: bool = True) -> dict[str, Any]:
+    """`mixer:` of softmax attention as Llama has it."""
+    fields.only("attention_dropout", 0, None)
+    heads = fields("num_attention_heads")
+    return {
+        "kind": "attention",
+        "num_heads": heads,
+        "num_kv_heads": fields("num_key_value_heads", heads),
+        "head_dim": fields("head_dim"),
+        "rope": rope(fields) if rotary else None,
+        "window": fields("sliding_window"),
+        "bias": fields("attention_bias", False),
+    }
+
+
+def rope(fields: Fields) -> dict[str, Any]:
+    """`rope:`, from the rotary parameters that transformers standardises.
+
+    Raises:
+        FamilyError: a kind of scaling, or a parameter of one, that ours does not have.
+    """
+    given = dict(fields("rope_parameters"))
+    kind = given.pop("rope_type", "default")
+    theta = given.pop("rope_theta")
+    if kind not in ("default", "linear", "yarn", "llama3"):
+        raise FamilyError(f"{fields.model_type}: rope_parameters.rope_type is {kind!r}; supported is default, linear, "
+                          "yarn or llama3")  # fmt: skip
+    known = RopeConfig.__dataclass_fields__
+    for name, value in given.items():
+        if name not in known and value is not None:
+            raise FamilyError(f"{fields.model_type}: rope_parameters.{name} is {value!r}, which is not supported")
+    if kind != "default" and "original_max_position_embeddings" not in given and kind != "linear":
+        given["original_max_position_embeddings"] = fields("max_position_embeddings")
+    return {"type": kind, "theta": float(theta)} | {name: value for name, value in given.items() if value is not None}
+
+
+def experts(fields: Fields, number: str, renormalize: bool) -> dict[str, Any]:
+    """`ffn:` of a mixture as Mixtral has it; `number` is the field with the number of experts."""
+    fields.only("hidden_act", "silu")
+    fields.only("router_jitter_noise", 0, None)
+    # transformers adds the balancing loss only to a model that gives out its router's logits.
+    weight = fields("router_aux_loss_coef") if fields("output_router_logits") else 0.0
+    return {
+        "kind": "moe",
+        "intermediate_size": fields("intermediate_size"),
+        "num_experts": fields(number),
+        "top_k": fields("num_experts_per_tok"),
+        "renormalize": renormalize,
+        "router": {"aux_loss_coef": weight},
+    }
+
+
+def mlp(fields: Fields) -> dict[str, Any]:
+    """`ffn:` of Llama."""
+    fields.only("hidden_act", "silu")
+    return {"kind": "mlp", "intermediate_size": fields("intermediate_size"), "bias": fields("mlp_bias", False)}
+
+
+def first(model: ZooConfig, kind: str) -> Any:
+    """The config of the first mixer or feed-forward of a kind.
+
+    Raises:
+        FamilyError: there is none.
+    """
+    for layer in model.layers:
+        for part in (layer.mixer, layer.ffn):
+            if part.kind == kind:
+                return part.config
+    raise FamilyError(f"it has no {kind}")
+
+
+def has(model: ZooConfig, kind: str) -> bool:
+    return any(kind in (layer.mixer.kind, layer.ffn.kind) for layer in model.layers)
+
+
+def attention_fields(config: AttentionConfig) -> dict[str, Any]:
+    """The inverse of `attention`."""
+    fields: dict[str, Any] = {
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "sliding_window": config.window,
+        "attention_bias": config.bias,
+    }
+    if config.rope is not None:
+        names = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast",
+                 "beta_slow", "attention_factor")  # fmt: skip
+        scaling = {name: getattr(config.rope, name) for name in names if getattr(config.rope, name) is not None}
+        fields["rope_parameters"] = {"rope_type": config.rope.type, "rope_theta": config.rope.theta} | scaling
+    return fields
+
+
+def expert_fields(config: MoEConfig, number: str) -> dict[str, Any]:
+    """The inverse of `experts`."""
+    return {
+        "intermediate_size": config.intermediate_size,
+        number: config.num_experts,
+        "num_experts_per_tok": config.top_k,
+        "router_aux_loss_coef": config.router.aux_loss_coef,
+        "output_router_logits": config.router.aux_loss_coef > 0,
+    }
+
+
+def expansion(inner: int, model: ZooConfig) -> int:
+    """How many times as wide as the stream a mixer is.
+
+    Raises:
+        FamilyError: no whole number.
+    """
+    if inner % model.hidden_size:
+        raise FamilyError(f"a mixer's {inner} channels are no multiple of hidden_size ({model.hidden_size})")
+    return inner // model.hidden_size
+
+
+def pattern(names: list[str]) -> str:
+    """A pattern with repeated names counted."""
+    runs: list[list[Any]] = []
+    for name in names:
+        if runs and runs[-1][0] == name:
+            runs[-1][1] += 1
+        else:
+            runs.append([name, 1])
+    return " ".join(name if count == 1 else f"{name}*{count}" for name, count in runs)
+
+
+def layers_with(model: ZooConfig, kind: str) -> list[int]:
+    """The layers whose mixer or feed-forward is of this kind."""
+    return [i for i, layer in enumerate(model.layers) if kind in (layer.mixer.kind, layer.ffn.kind)]
+
+
+def within(module: str, names: Names) -> Names:
+    """The names of a part that stands in `module` there."""
+    return {ours: _within(module, theirs) for ours, theirs in names.items()}
+
+
+def _within(module: str, theirs: Any) -> Any:
+    if isinstance(theirs, str):
+        return f"{module}.{theirs}"
+    return type(theirs)(f"{module}.{theirs.name}")
