@@ -25,7 +25,7 @@ conformance: $(READY)
 
 # Every figure of docs/performance.md on this CPU, and the page. Nothing else should run meanwhile.
 benchmarks: $(READY)
-	for verb in ops train decode length report; do $(BIN)/python -m benchmarks $$verb || exit 1; done
+	for verb in ops "train --compile" decode length report; do $(BIN)/python -m benchmarks $$verb || exit 1; done
 
 # torch first and alone: with no torch installed, another package's range would pull the CUDA build.
 $(READY): pyproject.toml constraints.txt

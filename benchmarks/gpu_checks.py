@@ -82,7 +82,7 @@ LONG = (
 def jobs(options: Options) -> dict[str, Job]:
     """Every job by its name; that of a case also compiles what its benchmark will run."""
     size = options.size
-    found = {"pytest": Job(partial(kernel_tests, options))}
+    found = {"pytest": Job(partial(kernel_tests, options), 30)}
     for case, gradients, gigabytes in LONG:
         case = case._replace(heads=min(2, case.heads), width=16) if options.quick else case
         mode = Mode(*LENGTH[size], gradients)

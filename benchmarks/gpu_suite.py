@@ -51,7 +51,7 @@ from zoo.models import ZooForCausalLM
 
 # The share of the time that a section may take; what it leaves is for the later ones.
 SHARES = {"checks": 0.34, "ops": 0.36, "train": 0.18, "decode": 0.12}
-PROCESSES, GIGABYTES = 14, 120  # of checks side by side
+PROCESSES = 14  # of checks side by side
 DTYPE = "bfloat16"
 OPS_ORDER = (8192, 32768, 131072, 2048, 1)  # lengths
 TOLD = (8192, 131072)  # those in the table at the end
@@ -196,6 +196,8 @@ PLANS: dict[str, Callable[[Options], list[Task]]] = {"ops": plan_ops, "train": p
 
 # How they run
 
+SLACK = 30  # seconds that the last row of a section may take beyond its share
+
 
 class Report:
     """The file beside the figures. `tried` are the rows begun in this run, in whatever process."""
@@ -231,15 +233,34 @@ def measure(section: str, match: str, end: float, out: Path, options: Options) -
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             report.write(failed=report.content["failed"] | {name: said})
             print(f"{name} failed: {said}", flush=True)
-            if "CUDA error" in said:
+            if re.search(r"CUDA error|Triton Error \[CUDA\]", said):
                 raise SystemExit(1) from error
         else:
             machine.record(machine.path(options.device, out), options.device, dict(options.peaks), section, [row])
             print(summary(row), flush=True)
 
 
+def in_own_process(command: Sequence[str], section: str, end: float, out: Path, device: str) -> None:
+    """Runs a section, again after whatever ended it early: the row it was at has then failed."""
+    while time.time() < end:
+        before = len(Report(out, device).content["tried"])
+        try:
+            code = subprocess.run(command, timeout=max(1.0, end + SLACK - time.time())).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        if code == 0:
+            return
+        report = Report(out, device)
+        tried = report.content["tried"]
+        why = "it took too long" if code is None else f"its process ended with {code}"
+        name = tried[-1] if len(tried) > before else section
+        report.write(failed={name: why} | report.content["failed"])
+        if len(tried) == before:
+            return  # it does not get as far as a row
+
+
 def in_processes(
-    commands: Mapping[str, Sequence[str]], gigabytes: Mapping[str, int], end: float
+    commands: Mapping[str, Sequence[str]], gigabytes: Mapping[str, int], room: float, end: float
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Runs commands side by side, as many as their memory allows, the largest first. Yields the name of each that is
     done and the JSON objects it printed; one that crashed, or was ended at `end`, has a last object that says so."""
@@ -252,7 +273,7 @@ def in_processes(
             waiting = []
         for name in list(waiting):
             used = sum(gigabytes[other] for other in running)
-            if len(running) < PROCESSES and (not running or used + gigabytes[name] <= GIGABYTES):
+            if len(running) < PROCESSES and (not running or used + gigabytes[name] <= room):
                 waiting.remove(name)
                 files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed when it is done)
                 process = subprocess.Popen(commands[name], stdout=files[0], stderr=files[1], start_new_session=True)
@@ -283,7 +304,12 @@ def check(report: Report, match: str, end: float, options: Options) -> None:
     jobs = {name: job for name, job in gpu_checks.jobs(options).items() if re.search(match, name)}
     command = [sys.executable, "-m", "benchmarks.gpu_checks", "--device", options.device, *["--tiny"] * options.quick]
     commands = {name: [*command, name] for name in jobs}
-    for name, results in in_processes(commands, {name: job.gigabytes for name, job in jobs.items()}, end):
+    room = 0.9 * torch.cuda.mem_get_info()[0] / 1e9 if options.device == "cuda" else len(jobs)
+    needed = {name: job.gigabytes for name, job in jobs.items()} if options.device == "cuda" else dict.fromkeys(jobs, 1)
+    small = [name for name in jobs if needed[name] > room]
+    report.write(left_out=[*report.content["left_out"], *(f"{name}: needs {needed[name]} GB" for name in small)])
+    commands = {name: command for name, command in commands.items() if name not in small}
+    for name, results in in_processes(commands, needed, room, end):
         report.write(checks=report.content["checks"] + results)
         print(f"{name}: {', '.join(verdict(result) for result in results)}", flush=True)
 
@@ -317,8 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 torch.cuda.empty_cache()  # which the sections' processes need
             command = [sys.executable, "-m", "benchmarks.gpu_suite", "--out", str(given.out), "--match", given.match]
             command += ["--section", section, "--end", str(end), *["--tiny"] * given.tiny]
-            while subprocess.run(command).returncode == 1 and time.time() < end:
-                pass
+            in_own_process(command, section, end, given.out, device)
             report = Report(given.out, device)
         report.write(seconds=report.content["seconds"] | {section: round(time.time() - began)})
     tell(report, machine.read(machine.path(device, given.out)))
@@ -338,6 +363,9 @@ def tell(report: Report, results: dict[str, Any]) -> None:
         say(f"{row['what']} {row['pass']}: {per_token:.2f} ms a token, a cache of {row['cache_bytes'] / 1e9:.3f} GB")
     for name, said in report.content["failed"].items():
         say(f"{name} failed: {said}")
+    for row in (row for section in PLANS for row in results[section]):
+        for name, said in row.get("failed", {}).items():
+            say(f"{row['what']} {row['pass']} {row['shape']}: {name} failed: {said}")
     wrong = [each for each in report.content["checks"] if verdict(each) != "right"]
     for each in wrong:
         say(f"{verdict(each)} {each['check']}: {each}"[:400])

@@ -80,11 +80,23 @@ def identity(row: dict[str, Any]) -> str:
 
 
 def record(file: Path, device: str, peaks: dict[str, float], section: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Puts `rows` into the file in place of those with the same identity; the others stay."""
+    """Puts `rows` into the file in place of those with the same identity; the others stay. A peak is the highest of all
+    runs, and every row's fractions are of that."""
     results = read(file)
+    before = results.get("peaks", {})
+    peaks = {name: max(peak, before.get(name, 0)) for name, peak in peaks.items()}
     kept = {identity(row): row for row in (*results[section], *rows)}
     results[section] = sorted(kept.values(), key=_order)
+    for row in (row for name in SECTIONS for row in results[name]):
+        _take_fractions(row, peaks)
     write(file, {"machine": describe(device), "peaks": peaks} | {name: results[name] for name in SECTIONS})
+
+
+def _take_fractions(row: dict[str, Any], peaks: dict[str, float]) -> None:
+    for candidate in row.get("candidates", {}).values():
+        for unit, peak in (("flop", peaks.get(row["dtype"])), ("byte", peaks.get("copy"))):
+            if peak and f"{unit}s_per_s" in candidate:
+                candidate[f"{unit}_fraction"] = float(f"{candidate[f'{unit}s_per_s'] / peak:.4g}")
 
 
 def write(file: Path, content: dict[str, Any]) -> None:

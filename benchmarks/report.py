@@ -16,6 +16,7 @@ INTRODUCTION = """# Performance
 
 Written by `python -m benchmarks report` from the files in `benchmarks/results`; `make benchmarks` measures a CPU anew.
 Ours and the peer alternate in one process after a warm-up, in an order that turns round each time; figures are medians.
+A peer that takes minutes took one step, after ours.
 A ratio above 1 means that ours is faster. Fractions are of a peak measured on the same machine just before: matrix
 products for FLOP/s, a copy for bytes/s. The work counted is the least that the mathematics needs, so that waste counts
 against whoever wastes; it leaves out what a chunked algorithm adds.
@@ -37,7 +38,8 @@ weights'.
 LENGTH = """
 ### Length
 
-What a training step costs per token at {length:,} tokens against {short:,}, for stacks of one recurrent mixer.
+What a training step costs per token at {length:,} tokens against {short:,}, for stacks of one recurrent mixer. Memory
+is that of a fresh process with glibc's own settings.
 """
 OPS = """
 ### Ops
@@ -104,7 +106,7 @@ def train(rows: list[Row]) -> str:
                 number(compiled.get("tokens_per_s")) + (f" after {row['compile_s']} s" if compiled else ""),
                 number(theirs.get("tokens_per_s")) + once,
                 times(ratios.get("transformers")),
-                number(plain.get("tokens_per_s")),
+                number(plain.get("tokens_per_s")) + (once if plain else ""),
                 times(ratios.get(AS_IT_COMES)),
                 percent(ours.get("flop_fraction")),
                 gigabytes(ours.get("peak_bytes"), theirs.get("peak_bytes")),

@@ -115,6 +115,7 @@ def summary(row: Row) -> str:
     for name, candidate in row["candidates"].items():
         ratios = ", ".join(f"{ratio:.3g}x {peer}" for peer, ratio in candidate.get("ratios", {}).items())
         times.append(f"{name} {candidate['ms']:.4g} ms" + (f" ({ratios})" if ratios else ""))
+    times += [f"{name} failed: {said}" for name, said in row.get("failed", {}).items()]
     noisy = any(candidate["ms"] > NOISY * candidate["min_ms"] for candidate in row["candidates"].values())
     said = f"{row['what']}, {row['pass']}, {row['dtype']}, {shape}: " + "; ".join(times)
     return said + (" (noisy: measure again when nothing else runs)" if noisy else "")

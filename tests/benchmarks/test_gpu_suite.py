@@ -135,13 +135,13 @@ def test_processes_side_by_side():
     }
     commands = {name: [sys.executable, "-c", code] for name, code in commands.items()}
     gigabytes = dict.fromkeys(commands, 1) | {"too large": 119, "hangs": 120}
-    found = dict(gpu_suite.in_processes(commands, gigabytes, time.time() + 3))
+    found = dict(gpu_suite.in_processes(commands, gigabytes, 120, time.time() + 3))
     right = {"check": "a", "passed": True}
     assert found.keys() == commands.keys()
     assert found["hangs"] == [right, {"check": "hangs", "failed": ["it took too long"]}]
     assert found["too large"] == [{"check": "too large", "failed": ["there was no time"]}]
     gigabytes["hangs"] = 1
-    found = dict(gpu_suite.in_processes(commands, gigabytes, time.time() + 3))
+    found = dict(gpu_suite.in_processes(commands, gigabytes, 120, time.time() + 3))
     assert found["says"] == found["too large"] == [right]
     assert found["crashes"][0] == right and "failed" in found["crashes"][1]
     assert found["raises"][0]["failed"][-1] == "RuntimeError: no luck"
@@ -214,3 +214,27 @@ def test_what_matters_most_is_measured_first():
     assert len(tasks) == len(ops.plan(Options("cuda", ("bfloat16",))))
     assert all(" x 8192 forward+backward" in task.label for task in tasks[:10])
     assert tasks[0].what == "linear_attention" and tasks[-1].what == "softmax_attention"
+
+
+CRASHES = """
+import os, sys
+from pathlib import Path
+from benchmarks.gpu_suite import Report
+report = Report(Path(sys.argv[1]), "cpu")
+tried = report.content["tried"]
+if len(tried) < 2:
+    report.write(tried=[*tried, f"row {len(tried)}"])
+    os.abort() if len(tried) == 0 else __import__("time").sleep(60)
+"""
+
+
+def test_a_section_goes_on_after_a_crash_and_not_after_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "SLACK", 0)
+    gpu_suite.Report(tmp_path, "cpu").start("cpu")
+    command = [sys.executable, "-c", CRASHES, str(tmp_path)]
+    gpu_suite.in_own_process(command, "ops", time.time() + 20, tmp_path, "cpu")
+    failed = gpu_suite.Report(tmp_path, "cpu").content["failed"]
+    assert failed["row 0"] == "its process ended with -6" and failed["row 1"] == "it took too long"
+    gpu_suite.Report(tmp_path, "cpu").start("cpu")
+    gpu_suite.in_own_process([sys.executable, "-c", "raise SystemExit(3)"], "ops", time.time() + 20, tmp_path, "cpu")
+    assert gpu_suite.Report(tmp_path, "cpu").content["failed"] == {"ops": "its process ended with 3"}

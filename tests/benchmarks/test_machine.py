@@ -33,6 +33,20 @@ def test_a_run_replaces_the_rows_it_measured_and_no_others(tmp_path):
     assert results["machine"]["device"] == "cpu"
 
 
+def test_fractions_are_of_the_highest_peak_of_all_runs(tmp_path):
+    file = tmp_path / "m.json"
+    one, other = row(length=8), row("b")
+    for each in (one, other):
+        each["candidates"] = {"zoo": {"flops_per_s": 100.0, "flop_fraction": 0.5}}
+    peaks = [{each["dtype"]: peak} for each, peak in ((one, 200), (other, 400), (other, 300))]
+    machine.record(file, "cpu", peaks[0], "train", [one])
+    machine.record(file, "cpu", peaks[1], "train", [other])
+    machine.record(file, "cpu", peaks[2], "ops", [])
+    results = machine.read(file)
+    assert results["peaks"] == peaks[1]
+    assert [each["candidates"]["zoo"]["flop_fraction"] for each in results["train"]] == [0.25, 0.25]
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     file = tmp_path / "m.json"
     machine.write(file, {"a": 1})

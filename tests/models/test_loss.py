@@ -74,6 +74,36 @@ def test_autocast_is_near_float32(implementation, count):
         assert_close(gradient, theirs, "gradient", tolerance=2e-2)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_multiplies_once(mode, monkeypatch):
+    """A head that is a parameter has no gradient made where nobody asked for one."""
+    products = []
+    multiply = loss_module.matmul
+    monkeypatch.setattr(loss_module, "matmul", lambda a, b: products.append(a.shape) or multiply(a, b))
+    x, weight, labels = problem(37, 11)
+    with mode():
+        linear_cross_entropy(x, torch.nn.Parameter(weight.detach()), labels)
+    assert len(products) == 1
+    linear_cross_entropy(x, weight, labels)
+    assert len(products) == 4
+
+
+def test_a_label_below_zero_that_is_not_ignored_is_refused():
+    x, weight, labels = problem(9, 11)
+    labels[3] = -1
+    with pytest.raises(RuntimeError, match="index"):
+        linear_cross_entropy(x, weight, labels)
+
+
+def test_the_factor_in_front_is_not_rounded():
+    """Bfloat16 has no 1028."""
+    x, weight, labels = problem(9, 11, dtype=torch.bfloat16)
+    plain = torch.autograd.grad(linear_cross_entropy(x, weight, labels), [x, weight])
+    scaled = torch.autograd.grad(linear_cross_entropy(x, weight, labels) * 1028, [x, weight])
+    for one, other in zip(plain, scaled, strict=True):
+        assert torch.equal(other, (one.float() * 1028).bfloat16())
+
+
 def test_a_model_scores_the_next_token():
     net, x = model("attention"), tokens(3, 12)
     labels = x.clone()

@@ -195,3 +195,20 @@ def test_compiles_for_an_h100():
         assert kernel.shared <= 1024 and kernel.spilled == 0, kernel
         # A multiprocessor has enough for 20 programs forward and 12 backward.
         assert kernel.registers <= (160 if kernel.name == "_backward_kernel" else 96), kernel
+
+
+def test_a_bias_and_weights_with_strides():
+    """Columns of one matrix, and a bias that repeats one number."""
+    torch.manual_seed(0)
+    x, both = torch.randn(1, 9, 6, device=DEVICE), torch.randn(6, 5, device=DEVICE)
+    for bias in (both[:, 4], torch.randn(1, device=DEVICE).expand(6)):
+        given = (x, both[:, :4].requires_grad_(), bias.requires_grad_())
+        with backend("triton"):
+            out = causal_conv1d(*given)
+        wide = [t.detach().double().requires_grad_() for t in given]
+        with backend("reference"):
+            expected = causal_conv1d(*wide)
+        found = torch.autograd.grad(out.square().sum(), given[1:])
+        wanted = torch.autograd.grad(expected.square().sum(), wide[1:])
+        for mine, theirs in zip((out, *found), (expected, *wanted), strict=True):
+            assert relative_error(mine, theirs) < 1e-5

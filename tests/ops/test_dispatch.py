@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.ops import backend, backends, dispatch, linear_attention, measured
+from zoo.ops import backend, backends, dispatch, linear_attention, measured, selective_scan
 
 
 @pytest.fixture
@@ -179,3 +179,23 @@ def test_a_compiled_graph_follows_the_choice():
         assert function(x)[0] == 2
     finally:
         del dispatch._implementations["probe_compiled"]
+
+
+def test_a_package_that_does_not_import_is_passed_over(two_backends, tmp_path, monkeypatch):
+    """It is installed, and its own module breaks."""
+    (tmp_path / "broken_package.py").write_text("raise ImportError('undefined symbol: gone')")
+    (tmp_path / "sound_kernels.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    dispatch.lazily("probe", "triton", "sound_kernels", requires="broken_package")
+    monkeypatch.setattr(dispatch, "_automatic", lambda op, device: ["triton", "torch"])
+    assert two_backends()[0] == "torch"
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_no_rows_at_all(name):
+    q, x = torch.randn(0, 5, 2, 16).requires_grad_(), torch.randn(0, 5, 8).requires_grad_()
+    with backend(name):
+        assert linear_attention(q, q, q, -torch.rand(2)).shape == q.shape
+        out, state = selective_scan(x, x, -torch.rand(8, 4), x[..., :4], x[..., :4], return_state=True)
+        out.sum().backward()
+        assert out.shape == x.shape and state.shape == (0, 8, 4) and x.grad.shape == x.shape

@@ -54,3 +54,16 @@ def test_mistakes_are_named():
         ops.explain("causal_conv1d", {"x": (1, 8, 4), "weight": (5, 4)}, torch.float32, "cpu")
     # An error does not leave the ops explaining.
     assert ops.causal_conv1d(torch.ones(1, 3, 2), torch.ones(2, 2)).shape == (1, 3, 2)
+
+
+def test_gradients_decide_too(monkeypatch):
+    """What a library refuses only where gradients are wanted is refused by default, and for the GPU asked about."""
+    library = pytest.importorskip("zoo.ops.linear_attention.library")
+    monkeypatch.setattr(dispatch, "_cannot_run", lambda op, name, device_type: None)
+    monkeypatch.setattr(dispatch, "_automatic", lambda op, device_type: ["library", "torch"])
+    asked = []
+    monkeypatch.setattr(library, "_miscompiles", lambda device: asked.append(device) or True)
+    shapes = {"q": (1, 128, 2, 16), "k": (1, 128, 2, 16), "v": (1, 128, 2, 16), "log_decay": (1, 128, 2)}
+    training = ops.explain("linear_attention", shapes, torch.bfloat16, "cuda")
+    assert training.backend == "torch" and asked[0].type == "cuda"
+    assert ops.explain("linear_attention", shapes, torch.bfloat16, "cuda", requires_grad=False).backend == "library"

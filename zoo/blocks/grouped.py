@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops.matmul import MKL_IS_SLOW, matmul
+from zoo.ops.matmul import is_slow_in_mkl, matmul
 
 
 @torch.library.custom_op("zoo::grouped_mm", mutates_args=())
@@ -40,8 +40,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 def _fits(x: Tensor, *widths: int) -> bool:
     """Whether F.grouped_mm takes such matrices with rows of these widths, and is not slow at them."""
-    slow = x.dtype == torch.float32 and x.device.type == "cpu" and MKL_IS_SLOW
-    return x.dtype != torch.float64 and not slow and all(width * x.itemsize % 16 == 0 for width in widths)
+    return x.dtype != torch.float64 and not is_slow_in_mkl(x) and all(width * x.itemsize % 16 == 0 for width in widths)
 
 
 def _split(x: Tensor, ends: Tensor) -> list[Tensor]:

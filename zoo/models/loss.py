@@ -33,6 +33,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False):
         if device not in NATIVE_DEVICES or not hasattr(F, "linear_cross_entropy") or not torch.is_grad_enabled():
+            if not torch.is_grad_enabled():
+                hidden, weight = hidden.detach(), weight.detach()  # or its gradients would be made all the same
             return _LinearCrossEntropy.apply(hidden, weight, labels)
         losses = F.linear_cross_entropy(
             hidden,
@@ -59,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), tokens):
             now = slice(start, start + tokens)
             h, real = hidden[now], labels[now] != IGNORE_INDEX
-            targets = labels[now].clamp(min=0)[:, None]
+            targets = labels[now].masked_fill(~real, 0)[:, None]
             log_p = matmul(h, weight.T).float().log_softmax(-1)
             total -= log_p.gather(1, targets)[:, 0].masked_fill(~real, 0).sum()
             if d_hidden is not None and d_weight is not None:
@@ -74,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grad.to(d_hidden.dtype), d_weight * grad.to(d_weight.dtype), None
+        return d_hidden * grad, d_weight * grad, None
 
 
 def router_loss(routers: Sequence[tuple[MoEConfig, RouterStatistics]]) -> Tensor | None:

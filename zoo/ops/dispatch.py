@@ -175,11 +175,23 @@ def run(op: str, device: torch.device, /, *args: Any, **kwargs: Any) -> Any:
     name = choose(op, device, *args, **kwargs)
     function = _implementations[op][name].function
     assert function is not None, "choose() has imported the module that registers it"
+    if device.type == "cuda" and not torch.compiler.is_compiling() and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current one
+            return _outside_autocast(function, device, *args, **kwargs)
+    return _outside_autocast(function, device, *args, **kwargs)
+
+
+def _outside_autocast(function: Callable[..., Any], device: torch.device, /, *args: Any, **kwargs: Any) -> Any:
     # The meta device has no autocast to ask about.
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         with torch.autocast(device_type=device.type, enabled=False):
             return function(*args, **kwargs)
     return function(*args, **kwargs)
+
+
+def asked_device(device: torch.device) -> torch.device:
+    """The device that a call on `device` is about: another one while it is only being explained."""
+    return device if _explaining is None else _explaining[0]
 
 
 class _Explained(Exception):
@@ -235,8 +247,10 @@ def _cannot_run(op: str, name: str, device_type: str) -> str | None:
     if implementation.function is None:
         assert implementation.module is not None, "lazily() gives it"
         try:
+            if implementation.requires is not None:
+                importlib.import_module(implementation.requires)
             importlib.import_module(implementation.module)
-        except ImportError as error:  # built for another torch, say: auto passes it over
+        except (ImportError, OSError) as error:  # built for another torch, say: auto passes it over
             return f"it cannot be imported: {str(error).splitlines()[0]}"
     return None
 

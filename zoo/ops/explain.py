@@ -26,7 +26,11 @@ DTYPES = {
 
 
 def explain(
-    op: str, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, device: torch.device | str
+    op: str,
+    shapes: Mapping[str, Sequence[int]],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    requires_grad: bool = True,
 ) -> dispatch.Choice:
     """Which backend runs `op` on arguments of these shapes, and why; nothing is computed.
 
@@ -35,6 +39,7 @@ def explain(
         shapes: the shape of each tensor argument by its name, such as `{"q": (1, 4096, 4, 64), ...}`.
         dtype: that of the activations; rates, decays and states are float32.
         device: where the call would run; it need not be here.
+        requires_grad: whether gradients are wanted; some backends have none for some calls.
 
     Returns:
         The backend's name, the reason, and for each other backend why not. Printed, it is a sentence for each.
@@ -48,6 +53,8 @@ def explain(
     tensors = {
         name: torch.empty(*shape, dtype=DTYPES.get(name, dtype), device="meta") for name, shape in shapes.items()
     }
+    for tensor in tensors.values():
+        tensor.requires_grad_(requires_grad and tensor.is_floating_point())
     with dispatch.only_choosing(torch.device(device)) as choices:
         OPS[op](**tensors)
     return choices[0]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 # Multiplications from which oneDNN is faster; below, its call costs more than it saves. Also for a single row, where
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 MIN_WORK = 2**17
 MIN_SINGLE = 2**22  # in one matrix, from which it is faster than MKL's batch
 MIN_SIZE = 16  # of the sum and of the weight's rows
+MIN_ROWS = 32  # for which it is worth while to make a weight dense
 
 
 def _onednn() -> bool:
@@ -50,7 +51,8 @@ MKL_IS_SLOW = has_slow_mkl()
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: `x` `[..., K]` times the transpose of `weight` `[N, K]`, plus `bias` `[N]`."""
-    if not _pays(x, weight):
+    fits = weight.dim() == 2 and (bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1]))
+    if not fits or not _pays(x, weight):
         return F.linear(x, weight, bias)
     return (_Linear.apply if torch.is_grad_enabled() else _linear)(x, weight, bias)
 
@@ -68,27 +70,40 @@ def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return products[0][None] if len(products) == 1 else torch.stack(products, out=out)
 
 
+def is_slow_in_mkl(x: Tensor) -> bool:
+    """Whether products with such a tensor go to an MKL that is slow here."""
+    return MKL_IS_SLOW and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
 def _pays(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN can multiply `x` `[..., K]` by the transpose of `weight` `[..., N, K]`, and is faster at it."""
     return (
-        MKL_IS_SLOW
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == "cpu"
-        and type(x) in _PLAIN  # neither a DTensor nor a fake one
-        and type(weight) in _PLAIN
+        is_slow_in_mkl(x)
+        and _is_plain(x)
+        and _is_plain(weight)
         and x.shape[-1] == weight.shape[-1] >= MIN_SIZE
         and weight.shape[-2] >= MIN_SIZE
         and x.numel() * weight.shape[-2] >= MIN_WORK
+        and (_is_dense(weight) or x.numel() >= MIN_ROWS * x.shape[-1])
         and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()  # vmap, grad and jvp know F.linear
+        and forward_ad._current_level < 0
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+def _is_plain(x: Tensor) -> bool:
+    """Float32 in memory here: neither a DTensor, nor a fake one, nor a subclass with a meaning of its own."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def _is_dense(weight: Tensor) -> bool:
+    return weight.is_contiguous() or weight.mT.is_contiguous()
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+    if not _is_dense(weight):
         weight = weight.contiguous()  # oneDNN would take a thousand times as long
+    bias = None if bias is None else bias.contiguous()  # it does not look at strides
     call = torch.ops.zoo.onednn_linear if torch.compiler.is_compiling() else _onednn_linear
     return call(x, weight, bias)
 
@@ -103,25 +118,28 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _multiply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+    product = _multiply(x.reshape(-1, x.shape[-1]), weight, bias)
+    # Not a view for autograd: what comes after may change it in place.
+    return torch.ops.aten._unsafe_view(product, [*x.shape[:-1], weight.shape[0]])
 
 
 class _Linear(torch.autograd.Function):
+    """Made of `linear` again backwards, so that it can be differentiated again."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return _linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            d_x = matmul(rows, weight).view(x.shape)
+            d_x = linear(rows, weight.T).view(x.shape)
         if ctx.needs_input_grad[1]:
-            d_weight = matmul(rows.T, x.reshape(-1, x.shape[-1]))
+            d_weight = linear(rows.T, x.reshape(-1, x.shape[-1]).T)
         if ctx.needs_input_grad[2]:
             d_bias = rows.sum(0)
         return d_x, d_weight, d_bias

@@ -260,7 +260,7 @@ def _chunks_at_most(v: Tensor, cu_seqlens: Tensor | None) -> int:
 
 def _blocks(layout: RowChunks | DocumentChunks, heads: int) -> list[tuple[slice, range]]:
     """`(chunks, positions)` to work on together, in order."""
-    step = max(1, BLOCK // (heads * layout.lanes))
+    step = max(1, BLOCK // max(1, heads * layout.lanes))
     ranges = (range(p, min(p + step, layout.positions)) for p in range(0, layout.positions, step))
     return [(slice(r.start * layout.lanes, r.stop * layout.lanes), r) for r in ranges]
 

@@ -622,14 +622,14 @@ class _Sizes:
             "PER_TOKEN": log_decay.dim() == 3,
             "C": self.tiles.chunk,
             "DTYPE": tl.bfloat16 if self.state_dtype == torch.bfloat16 else tl.float32,
-            "PRECISION": "tf32" if v.dtype == torch.float16 else "ieee",
+            "PRECISION": "tf32" if v.dtype == torch.float16 or _tf32_is_asked_for() else "ieee",
             "num_warps": self.tiles.warps,
         }
 
     def segments(self, tiles: int) -> _Pieces:
         """Whole documents, or where those are too few programs, as many segments as fill the GPU."""
         rows = self.batch if self.cu_seqlens is None else 1
-        wanted = max(1, PROGRAMS // (rows * self.heads * tiles))
+        wanted = max(1, PROGRAMS // max(1, rows * self.heads * tiles))
         size = max(triton.cdiv(self.length, wanted), min(self.length, MIN_SEGMENT))
         chunk = self.tiles.chunk
         return _pieces(self.documents, self.length, triton.cdiv(size, chunk) * chunk, self.cu_seqlens)
@@ -639,6 +639,11 @@ class _Sizes:
         shared = self.heads // self.groups
         programs = self.chunks.number * self.heads * tiles
         return next(n for n in range(shared, 0, -1) if shared % n == 0 and (n == 1 or programs // n >= 2 * PROGRAMS))
+
+
+def _tf32_is_asked_for() -> bool:
+    """By torch's own switch, which is off unless somebody calls it."""
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def _state_dtype(v: Tensor) -> torch.dtype:

@@ -137,7 +137,9 @@ def _backward(
     length, batch, channels = u.shape[1], u.shape[0], u.shape[2]
     documents = _Documents(cu_seqlens)
     states = _initial_states(u, A, initial_state, cu_seqlens)
-    grad_states = torch.zeros_like(states) if grad_state is None else grad_state.transpose(1, 2).contiguous()
+    grad_states = torch.zeros_like(states)
+    if grad_state is not None:
+        grad_states.copy_(grad_state.transpose(1, 2))
     grad_final = grad_states.clone()
     grad_y = u.new_zeros(length, batch, channels) if grad_out is None else _time_major(grad_out)
     u, delta, B, C = (_time_major(x) for x in (u, delta, B, C))

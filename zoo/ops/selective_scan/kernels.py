@@ -169,7 +169,7 @@ class _Plan(NamedTuple):
 def _plan(u: Tensor, cu_seqlens: Tensor | None, across: int, keep_states: bool) -> _Plan:
     """For kernels with `across` programs side by side over the channels."""
     batch, length, _ = u.shape
-    parts = max(1, PROGRAMS // (batch * across))
+    parts = max(1, PROGRAMS // max(1, batch * across))
     size = triton.cdiv(triton.cdiv(length, parts), INTERVAL) * INTERVAL
     interval = INTERVAL if keep_states else size
     if cu_seqlens is None:
