@@ -96,3 +96,18 @@ def test_reset_parameters_fills_a_meta_module():
 def test_mistakes_are_named(fields, message):
     with pytest.raises(FieldError, match=message):
         RopeConfig(**fields).resolve(16)
+
+
+def test_layers_share_what_one_has_computed():
+    """Of the same configuration and dtype only, and with the same result."""
+    q, known, positions = torch.randn(2, 5, 3, 16), {}, torch.arange(5).expand(2, 5)
+    one, same, other = rotary("default", 16), rotary("default", 16), rotary("default", 16, theta=1e4)
+    expected = one(q, q, positions)
+    for module in (one, same):
+        assert all(torch.equal(a, b) for a, b in zip(module(q, q, positions, known), expected, strict=True))
+        assert len(known) == 1
+    same.inv_freq = None  # not needed any more
+    assert torch.equal(same(q, q, positions, known)[0], expected[0])
+    assert not torch.equal(other(q, q, positions, known)[0], expected[0])
+    half = one(q.bfloat16(), q.bfloat16(), positions, known)[0]
+    assert len(known) == 3 and half.dtype == torch.bfloat16

@@ -104,7 +104,7 @@ class Attention(Mixer):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            q, k = self.rotary(q, k, context.position_ids)
+            q, k = self.rotary(q, k, context.position_ids, context.rotations)
         key_mask = context.padding_mask
         if state is not None:
             if context.cu_seqlens is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ class SequenceContext:
     cu_seqlens    int32 `[documents + 1]`, for documents packed into one row; None otherwise.
     real_tokens   int64, indices of the real tokens in the flattened batch; None without padding.
     row_offsets   int32 `[batch + 1]`, where each row's real tokens begin among them; None without padding.
+    rotations     the cosines and sines of `position_ids` that a layer has computed, for the layers after it.
     """
 
     position_ids: Tensor
@@ -26,6 +28,7 @@ class SequenceContext:
     cu_seqlens: Tensor | None = None
     real_tokens: Tensor | None = None
     row_offsets: Tensor | None = None
+    rotations: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(

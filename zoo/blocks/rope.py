@@ -110,15 +110,24 @@ class RotaryEmbedding(Float32Module):
             config = PreTrainedConfig(**fields)
             return ROPE_INIT_FUNCTIONS[self.config.type](config, torch.device("cpu"))
 
-    def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`q`, `k` `[batch, length, heads, head_dim]` turned to `position_ids` `[batch, length]`; float32 angles."""
-        angles = position_ids[..., None].float() * self.inv_freq
-        cos = (angles.cos() * self.attention_factor)[:, :, None]
-        sin = (angles.sin() * self.attention_factor)[:, :, None]
-        return self._turn(q, cos, sin), self._turn(k, cos, sin)
+    def forward(
+        self, q: Tensor, k: Tensor, position_ids: Tensor, known: dict[Any, tuple[Tensor, Tensor]] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`q`, `k` `[batch, length, heads, head_dim]` turned to `position_ids` `[batch, length]`; float32 angles.
+
+        `known` holds the cosines and sines of these positions by configuration, and takes what is computed here.
+        """
+        key = self.config, q.dtype, q.device
+        rotation = None if known is None else known.get(key)
+        if rotation is None:
+            angles = position_ids[..., None].float() * self.inv_freq
+            cos, sin = ((f(angles) * self.attention_factor)[:, :, None].to(q.dtype) for f in (torch.cos, torch.sin))
+            rotation = cos, sin
+            if known is not None:
+                known[key] = rotation
+        return self._turn(q, *rotation), self._turn(k, *rotation)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         half = self.rotary_dim // 2
         first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)

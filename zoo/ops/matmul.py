@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 # Multiplications from which oneDNN is faster; below, its call costs more than it saves. Also for a single row, where
 # MKL reads a matrix that is in no cache at a third of the speed.
-MIN_WORK = 2**17
+MIN_WORK = 2**18
 MIN_SINGLE = 2**22  # in one matrix, from which it is faster than MKL's batch
 MIN_SIZE = 16  # of the sum and of the weight's rows
 MIN_ROWS = 32  # for which it is worth while to make a weight dense
@@ -51,8 +51,8 @@ MKL_IS_SLOW = has_slow_mkl()
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: `x` `[..., K]` times the transpose of `weight` `[N, K]`, plus `bias` `[N]`."""
-    fits = weight.dim() == 2 and (bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1]))
-    if not fits or not _pays(x, weight):
+    fits = bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1])
+    if not fits or weight.dim() != 2 or not _pays(x, weight):
         return F.linear(x, weight, bias)
     return (_Linear.apply if torch.is_grad_enabled() else _linear)(x, weight, bias)
 
@@ -78,12 +78,12 @@ def is_slow_in_mkl(x: Tensor) -> bool:
 def _pays(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN can multiply `x` `[..., K]` by the transpose of `weight` `[..., N, K]`, and is faster at it."""
     return (
-        is_slow_in_mkl(x)
+        MKL_IS_SLOW
+        and x.numel() * weight.shape[-2] >= MIN_WORK
         and _is_plain(x)
         and _is_plain(weight)
         and x.shape[-1] == weight.shape[-1] >= MIN_SIZE
         and weight.shape[-2] >= MIN_SIZE
-        and x.numel() * weight.shape[-2] >= MIN_WORK
         and (_is_dense(weight) or x.numel() >= MIN_ROWS * x.shape[-1])
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()  # vmap, grad and jvp know F.linear
