@@ -51,6 +51,8 @@ MKL_IS_SLOW = has_slow_mkl()
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: `x` `[..., K]` times the transpose of `weight` `[N, K]`, plus `bias` `[N]`."""
+    if not MKL_IS_SLOW or x.numel() * weight.shape[0] < MIN_WORK:  # at once: decoding has little time
+        return F.linear(x, weight, bias)
     fits = bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1])
     if not fits or weight.dim() != 2 or not _pays(x, weight):
         return F.linear(x, weight, bias)
