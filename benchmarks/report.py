@@ -17,7 +17,7 @@ INTRODUCTION = """# Performance
 Written by `python -m benchmarks report` from the files in `benchmarks/results`; `make benchmarks` measures a CPU anew.
 Ours and the peer alternate in one process after a warm-up, in an order that turns round each time; figures are medians.
 A peer that takes minutes took one step, after ours.
-A ratio above 1 means that ours is faster. Fractions are of a peak measured on the same machine just before: matrix
+A ratio above 1 means that ours is faster. Fractions are of the highest peak measured on the same machine: matrix
 products for FLOP/s, a copy for bytes/s. The work counted is the least that the mathematics needs, so that waste counts
 against whoever wastes; it leaves out what a chunked algorithm adds.
 """
