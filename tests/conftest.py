@@ -7,6 +7,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from hypothesis import settings
+
+settings.register_profile("same", derandomize=True)  # .ci/run asks for it: every run tries the same examples
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

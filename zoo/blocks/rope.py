@@ -121,13 +121,15 @@ class RotaryEmbedding(Float32Module):
         rotation = None if known is None else known.get(key)
         if rotation is None:
             angles = position_ids[..., None].float() * self.inv_freq
-            cos, sin = ((f(angles) * self.attention_factor)[:, :, None].to(q.dtype) for f in (torch.cos, torch.sin))
+            cos, sin = ((f(angles) * self.attention_factor).to(q.dtype) for f in (torch.cos, torch.sin))
+            cos, sin = torch.cat([cos, cos], -1)[:, :, None], torch.cat([-sin, sin], -1)[:, :, None]
             rotation = cos, sin
             if known is not None:
                 known[key] = rotation
         return self._turn(q, *rotation), self._turn(k, *rotation)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        half = self.rotary_dim // 2
-        first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+        turning, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
+        # Rolled by half their number, the dimensions stand where those they are paired with were.
+        turned = torch.addcmul(turning * cos, turning.roll(self.rotary_dim // 2, -1), sin)
+        return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], dim=-1)
