@@ -19,7 +19,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import decode, length, machine, ops, report, table, train
-from benchmarks.rows import DTYPES, PEERS, Options, Row, rounded, summary
+from benchmarks.machine import rounded
+from benchmarks.rows import DTYPES, PEERS, Options, Row, summary
 from benchmarks.timing import copy_peak, matmul_peak
 from zoo.ops import measured
 from zoo.train.memory import keep_freed_memory

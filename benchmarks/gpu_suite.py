@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -304,11 +305,11 @@ def check(report: Report, match: str, end: float, options: Options) -> None:
     jobs = {name: job for name, job in gpu_checks.jobs(options).items() if re.search(match, name)}
     command = [sys.executable, "-m", "benchmarks.gpu_checks", "--device", options.device, *["--tiny"] * options.quick]
     commands = {name: [*command, name] for name in jobs}
-    room = 0.9 * torch.cuda.mem_get_info()[0] / 1e9 if options.device == "cuda" else len(jobs)
-    needed = {name: job.gigabytes for name, job in jobs.items()} if options.device == "cuda" else dict.fromkeys(jobs, 1)
-    small = [name for name in jobs if needed[name] > room]
-    report.write(left_out=[*report.content["left_out"], *(f"{name}: needs {needed[name]} GB" for name in small)])
-    commands = {name: command for name, command in commands.items() if name not in small}
+    needed = {name: job.gigabytes for name, job in jobs.items()}
+    room = 0.9 * torch.cuda.mem_get_info()[0] / 1e9 if options.device == "cuda" else math.inf
+    too_large = [name for name in jobs if needed[name] > room]
+    report.write(left_out=[*report.content["left_out"], *(f"{name}: needs {needed[name]} GB" for name in too_large)])
+    commands = {name: command for name, command in commands.items() if name not in too_large}
     for name, results in in_processes(commands, needed, room, end):
         report.write(checks=report.content["checks"] + results)
         print(f"{name}: {', '.join(verdict(result) for result in results)}", flush=True)

@@ -15,7 +15,8 @@ import torch
 
 import zoo
 from benchmarks import machine, models
-from benchmarks.rows import Options, Row, Task, Work, figures, rounded
+from benchmarks.machine import rounded
+from benchmarks.rows import Options, Row, Task, Work, figures
 from benchmarks.timing import Timing, alternate
 from benchmarks.train import PASS, step
 

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +88,21 @@ def record(file: Path, device: str, peaks: dict[str, float], section: str, rows:
     kept = {identity(row): row for row in (*results[section], *rows)}
     results[section] = sorted(kept.values(), key=_order)
     for row in (row for name in SECTIONS for row in results[name]):
-        _take_fractions(row, peaks)
+        for candidate in row.get("candidates", {}).values():
+            candidate |= fractions(candidate, row["dtype"], peaks)
     write(file, {"machine": describe(device), "peaks": peaks} | {name: results[name] for name in SECTIONS})
 
 
-def _take_fractions(row: dict[str, Any], peaks: dict[str, float]) -> None:
-    for candidate in row.get("candidates", {}).values():
-        for unit, peak in (("flop", peaks.get(row["dtype"])), ("byte", peaks.get("copy"))):
-            if peak and f"{unit}s_per_s" in candidate:
-                candidate[f"{unit}_fraction"] = float(f"{candidate[f'{unit}s_per_s'] / peak:.4g}")
+def fractions(candidate: Mapping[str, Any], dtype: str, peaks: Mapping[str, float]) -> dict[str, float]:
+    """What a candidate's rates are of the peaks."""
+    rates = {unit: candidate.get(f"{unit}s_per_s") for unit in ("flop", "byte")}
+    most = {"flop": peaks.get(dtype), "byte": peaks.get("copy")}
+    return {f"{unit}_fraction": rounded(rate / most[unit]) for unit, rate in rates.items() if rate and most[unit]}
+
+
+def rounded(x: float) -> float:
+    """To four digits: more is noise."""
+    return float(f"{x:.4g}")
 
 
 def write(file: Path, content: dict[str, Any]) -> None:

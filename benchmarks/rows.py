@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import machine
+from benchmarks.machine import rounded
 from benchmarks.timing import Timing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -93,19 +94,13 @@ def figures(timing: Timing, work: Work, peaks: Mapping[str, float], dtype: str) 
         "count": timing.count,
         "tokens_per_s": rounded(work.tokens / timing.median),
     }
-    for name, amount, peak in (("flop", work.flops, peaks.get(dtype)), ("byte", work.bytes, peaks.get("copy"))):
+    for name, amount in (("flop", work.flops), ("byte", work.bytes)):
         if amount is not None:
             found[f"{name}s_per_s"] = rounded(amount / timing.median)
-            if peak:
-                found[f"{name}_fraction"] = rounded(amount / timing.median / peak)
+    found |= machine.fractions(found, dtype, peaks)
     if timing.peak_bytes is not None:
         found["peak_bytes"] = timing.peak_bytes
     return found
-
-
-def rounded(x: float) -> float:
-    """To four digits: more is noise."""
-    return float(f"{x:.4g}")
 
 
 def summary(row: Row) -> str:

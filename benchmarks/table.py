@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from benchmarks.machine import rounded
 from benchmarks.ops import BOTH, DECODE
-from benchmarks.rows import rounded
 from zoo.ops.dispatch import UNMEASURED
 
 

@@ -78,6 +78,19 @@ def test_out_again_bit_for_bit(family, index, dtype):
     assert read(back.config).to_mapping() == read(net.config).to_mapping()
 
 
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "jamba"])
+def test_rates_that_are_finer_than_the_rest_stay_so(family):
+    """A checkpoint in bfloat16 whose A_log is float32, as some are released."""
+    net = theirs(family, 0, torch.bfloat16)
+    rates = [(name, parameter) for name, parameter in net.named_parameters() if name.endswith("A_log")]
+    for _, parameter in rates:
+        parameter.data = parameter.float() + 1e-4 * torch.rand_like(parameter, dtype=torch.float32)
+    after = zoo.to_hf(zoo.from_hf(net)).state_dict()
+    assert rates
+    for name, parameter in net.state_dict().items():
+        assert after[name].dtype == parameter.dtype and torch.equal(after[name], parameter), name
+
+
 @pytest.mark.parametrize("shard", ["1GB", "20KB"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_reads_as_its_model(family, shard, tmp_path):
@@ -148,6 +161,10 @@ def test_broken_folders(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(FamilyError, match=r"pytorch_model.bin is a pickle and is not read"):
         zoo.from_hf(tmp_path)
+    for text in ("{", "{}", '{"weight_map": 3}'):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(FamilyError, match=r"index.json: is no index of shards"):
+            zoo.from_hf(tmp_path)
     with pytest.raises(FamilyError, match=r"has no config.json"):
         zoo.from_hf(tmp_path / "nowhere")
 

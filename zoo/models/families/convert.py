@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from zoo.config import ZooConfig
@@ -35,7 +35,6 @@ def from_hf(source: PreTrainedModel | str | Path) -> ZooForCausalLM:
             that are missing, left over, or of another shape.
     """
     if isinstance(source, PreTrainedModel):
-        # The language model alone computes the same as what saved it.
         return _load(source.config, source.state_dict())
     with Checkpoint(Path(source)) as checkpoint:
         return _load(checkpoint.config, checkpoint)
@@ -51,9 +50,9 @@ def to_hf(model: ZooForCausalLM) -> PreTrainedModel:
     theirs = getattr(transformers, family.model_class)(config).to(model.dtype)
     parameters = dict(theirs.named_parameters())
     given = set()
-    for name, tensor in ours(model):
+    for name, parameter in model.named_parameters():  # a tied head is the embedding and not among them
         form = family.forms(model.config, name)[-1]
-        for their_name, part in zip(form.names(), form.split(tensor), strict=True):
+        for their_name, part in zip(form.names(), form.split(parameter.detach()), strict=True):
             parameters[their_name].data = as_exported(part, model.dtype).clone()
             given.add(their_name)
     assert given == set(parameters), f"not given: {set(parameters) - given}"
@@ -81,12 +80,6 @@ def as_exported(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
-def ours(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Our parameters; a tied head is the embedding and not named."""
-    for name, parameter in model.named_parameters():
-        yield name, parameter.detach()
-
-
 class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a folder's safetensors files, read when asked for."""
 
@@ -101,7 +94,10 @@ class Checkpoint(Mapping[str, Tensor]):
     def _index(self) -> dict[str, str]:
         index = self.folder / INDEX
         if index.is_file():
-            return json.loads(index.read_text())["weight_map"]
+            try:
+                return dict(json.loads(index.read_text())["weight_map"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise FamilyError(f"{index}: is no index of shards: {error!r}") from None
         if not (self.folder / SINGLE).is_file():
             others = sorted(f.name for f in self.folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
             hint = f"; {others[0]} is a pickle and is not read: convert it to safetensors" if others else ""
@@ -182,7 +178,7 @@ def _load(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> ZooForCaus
         raise FamilyError(f"missing tensors: {_some(missing)}")
     if left:
         raise FamilyError(f"tensors that nothing here reads: {_some(sorted(left))}")
-    model.to_empty(device="cpu")
+    model.to_empty(device=next(iter(found.values())).device)
     for module in model.modules():
         if any(True for _ in module.buffers(recurse=False)):
             module.reset_parameters()

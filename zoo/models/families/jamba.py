@@ -40,10 +40,10 @@ def read(fields: Fields) -> dict[str, Any]:
 def write(model: ZooConfig) -> dict[str, Any]:
     fields = {
         "rms_norm_eps": model.norm_config.eps,
-        "intermediate_size": parts.first(model, "mlp" if parts.has(model, "mlp") else "moe").intermediate_size,
+        "intermediate_size": parts.first(model, "mlp" if parts.layers_with(model, "mlp") else "moe").intermediate_size,
         "num_experts": 1,
     }
-    if parts.has(model, "mamba"):
+    if parts.layers_with(model, "mamba"):
         mamba = parts.first(model, "mamba")
         fields |= {
             "mamba_expand": parts.expansion(mamba.intermediate_size, model),
@@ -56,10 +56,10 @@ def write(model: ZooConfig) -> dict[str, Any]:
     never = {"period": model.num_hidden_layers + 1, "offset": model.num_hidden_layers}
     for name, kind in (("attn", "attention"), ("expert", "moe")):
         fields |= {f"{name}_layer_{key}": value for key, value in (_every(model, kind) or never).items()}
-    if parts.has(model, "attention"):
+    if parts.layers_with(model, "attention"):
         attention = parts.first(model, "attention")
         fields |= {"num_attention_heads": attention.num_heads, "num_key_value_heads": attention.num_kv_heads}
-    if parts.has(model, "moe"):
+    if parts.layers_with(model, "moe"):
         fields |= parts.expert_fields(parts.first(model, "moe"), "num_experts")
     return fields
 

@@ -45,7 +45,7 @@ def write(model: ZooConfig) -> dict[str, Any]:
     for layer in model.layers:
         name = kinds[layer.mixer.kind].partition("_")[0]
         fields |= {f"{name}_attn_{each}_factor": getattr(layer.residual, f"mixer_{each}") for each in ("alpha", "beta")}
-    if parts.has(model, "attention"):
+    if parts.layers_with(model, "attention"):
         fields |= parts.attention_fields(parts.first(model, "attention"))
         fields.pop("attention_bias")
     else:

@@ -100,10 +100,6 @@ def first(model: ZooConfig, kind: str) -> Any:
     raise FamilyError(f"it has no {kind}")
 
 
-def has(model: ZooConfig, kind: str) -> bool:
-    return any(kind in (layer.mixer.kind, layer.ffn.kind) for layer in model.layers)
-
-
 def attention_fields(config: AttentionConfig) -> dict[str, Any]:
     """The inverse of `attention`."""
     fields: dict[str, Any] = {
