@@ -380,3 +380,16 @@ def test_compiles_for_an_h100():
         # Two programs fit a multiprocessor at least.
         assert kernel.shared <= aot.SHARED_LIMIT // 2 and kernel.spilled <= 512, kernel
         assert kernel.spilled == 0 or kernel.name == "_gradient_kernel", kernel
+
+
+@pytest.mark.parametrize(("asked", "precision"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
+def test_float32_is_multiplied_in_tf32_only_when_asked(asked, precision):
+    """By torch's own switch; `highest` is its default."""
+    before = torch.get_float32_matmul_precision()
+    q, v, log_decay = torch.zeros(1, 8, 2, 16), torch.zeros(1, 8, 2, 16), torch.zeros(2)
+    try:
+        torch.set_float32_matmul_precision(asked)
+        assert kernels._Sizes(q, v, log_decay, None).options["PRECISION"] == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert before == "highest"
