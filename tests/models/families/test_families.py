@@ -57,10 +57,12 @@ def test_the_same_loss_and_gradients(family, index):
     assert close(mine.loss, out.loss)
     out.loss.backward(), mine.loss.backward()
     gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
-    for name, parameter in ours.named_parameters():
-        form = FAMILIES[family].forms(ours.config, name)[-1]
-        for their_name, gradient in zip(form.names(), form.split(parameter.grad), strict=True):
-            assert close(gradient, gradients.pop(their_name), 1e-4), their_name
+    parameters = dict(ours.named_parameters())
+    for pair in FAMILIES[family].pairs(ours.config, parameters):
+        form = pair.layouts[-1]
+        parts = form.split([parameters[name].grad for name in pair.ours])
+        for name, gradient in zip(form.names(), parts, strict=True):
+            assert close(gradient, gradients.pop(name), 1e-4), name
     assert not gradients
 
 

@@ -1,10 +1,24 @@
 """Published architectures: each file maps one family of transformers to a model file and back, as data."""
 
-from zoo.models.families import jamba, llama, mamba, mamba2, minimax, mixtral
+from importlib import import_module
+
 from zoo.models.families.base import Family, FamilyError
 
-FAMILIES: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY for module in (minimax, jamba, mamba2, mamba, mixtral, llama)
-}
+# In the order in which a model is tried as one of them: the plainer before those that contain it.
+_NAMES = (
+    # of this library's own two styles, and their parts
+    "minimax",
+    "jamba",
+    "mamba2",
+    "mamba",
+    "mixtral",
+    "llama",
+    # attention
+    # experts
+    # delta rules
+    # Mamba-2 beside attention
+    # other recurrences
+)
+FAMILIES: dict[str, Family] = {name: import_module(f"{__name__}.{name}").FAMILY for name in _NAMES}
 
 __all__ = ["FAMILIES", "Family", "FamilyError"]

@@ -1,14 +1,15 @@
 """What a family is: its configuration read as a model file and written back, and its tensors' names, as data.
 
 Names are given by part: `blocks[kind]` holds the tensors of a mixer or feed-forward of that kind, ours relative to
-`mixer.` or `ffn.`, theirs relative to the layer. `proj.*` stands for a module's weight and bias.
+`mixer.` or `ffn.`, theirs relative to the layer. `proj.*` stands for a module's weight and bias. A Form says how the
+tensors behind the names are the same numbers; a plain name is the same tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -23,37 +24,69 @@ class FamilyError(ValueError):
     """A model that cannot be read or written: one line with what stands in the way."""
 
 
+class Form:
+    """How a group of our tensors and a group of theirs hold the same numbers. `{i}` in a name is the layer."""
+
+    def names(self) -> list[str]:
+        """Theirs."""
+        raise NotImplementedError
+
+    def at(self, rename: Callable[[str], str], experts: int = 0) -> Form:
+        """The same with other names, for a part with so many experts."""
+        raise NotImplementedError
+
+    def join(self, theirs: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
+        """Ours, of these shapes, of theirs in the order of `names`. ValueError or RuntimeError if they do not fit."""
+        raise NotImplementedError
+
+    def split(self, ours: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of `join`."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Same:
-    """The same tensor by another name. `{i}` is the layer."""
+class Same(Form):
+    """The same tensor by another name."""
 
     name: str
 
     def names(self) -> list[str]:
         return [self.name]
 
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Ours, of theirs in the order of `names`."""
-        return tensors[0]
+    def at(self, rename: Callable[[str], str], experts: int = 0) -> Same:
+        return replace(self, name=rename(self.name))
 
-    def split(self, tensor: Tensor) -> list[Tensor]:
-        """Theirs in the order of `names`, of ours."""
-        return [tensor]
+    def join(self, theirs: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
+        return [theirs[0]]
+
+    def split(self, ours: Sequence[Tensor]) -> list[Tensor]:
+        return [ours[0]]
 
 
 @dataclass(frozen=True)
 class Taps(Same):
     """The weight of an nn.Conv1d of one channel per group, `[channels, 1, kernel]`; ours is `[channels, kernel]`."""
 
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        return tensors[0].squeeze(1)
+    def join(self, theirs: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
+        return [theirs[0].squeeze(1)]
 
-    def split(self, tensor: Tensor) -> list[Tensor]:
-        return [tensor.unsqueeze(1)]
+    def split(self, ours: Sequence[Tensor]) -> list[Tensor]:
+        return [ours[0].unsqueeze(1)]
 
 
 @dataclass(frozen=True)
-class PerExpert:
+class Rows(Same):
+    """One tensor: ours one under the other."""
+
+    def join(self, theirs: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
+        return list(theirs[0].split([shape[0] for shape in shapes]))
+
+    def split(self, ours: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.cat(list(ours))]
+
+
+@dataclass(frozen=True)
+class PerExpert(Form):
     """One tensor per expert `{e}` and pattern; ours is `[experts, rows of all patterns, columns]`."""
 
     patterns: tuple[str, ...]
@@ -62,16 +95,26 @@ class PerExpert:
     def names(self) -> list[str]:
         return [pattern.replace("{e}", str(e)) for e in range(self.experts) for pattern in self.patterns]
 
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(tensors)).unflatten(0, (self.experts, -1))
+    def at(self, rename: Callable[[str], str], experts: int = 0) -> PerExpert:
+        return replace(self, patterns=tuple(rename(pattern) for pattern in self.patterns), experts=experts)
 
-    def split(self, tensor: Tensor) -> list[Tensor]:
-        return [part for expert in tensor for part in expert.chunk(len(self.patterns))]
+    def join(self, theirs: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
+        return [torch.cat(list(theirs)).unflatten(0, (self.experts, -1))]
+
+    def split(self, ours: Sequence[Tensor]) -> list[Tensor]:
+        return [part for expert in ours[0] for part in expert.chunk(len(self.patterns))]
 
 
-Form = Same | PerExpert
-# One layout, or several: the checkpoint's first, that of transformers' module last.
-Names = Mapping[str, str | Form | Sequence[str | Form]]
+# Ours, one name or several, to theirs: one layout, or several of them, the checkpoint's first and that of transformers'
+# module last.
+Names = Mapping[str | tuple[str, ...], str | Form | Sequence[str | Form]]
+
+
+class Pair(NamedTuple):
+    """Tensors of ours, and the layouts in which a checkpoint may hold them."""
+
+    ours: tuple[str, ...]
+    layouts: list[Form]
 
 
 @dataclass(frozen=True)
@@ -84,10 +127,11 @@ class Family:
     write        the configuration's fields for a model, or FamilyError; may assume more than is so: the result is read
                  back and compared.
     outside      tensors that belong to no layer.
-    layer        tensors of a layer beside its mixer and feed-forward.
-    blocks       tensors by kind of mixer or feed-forward.
+    layer        tensors of a layer beside its mixer and feed-forward; may be a function of the Layer.
+    blocks       tensors by kind of mixer or feed-forward; each may be a function of its config.
     prefix       of a layer's tensors there.
     derived      endings of tensors that follow from the configuration; not read.
+    immaterial   fields of the configuration that change no number.
     """
 
     model_type: str
@@ -95,10 +139,11 @@ class Family:
     read: Callable[[Fields], dict[str, Any]]
     write: Callable[[ZooConfig], dict[str, Any]]
     outside: Names
-    layer: Names
-    blocks: Mapping[str, Names]
+    layer: Names | Callable[[Layer], Names]
+    blocks: Mapping[str, Names | Callable[[Any], Names]]
     prefix: str = "model.layers.{i}."
     derived: tuple[str, ...] = ()
+    immaterial: tuple[str, ...] = ()
 
     def config(self, model: ZooConfig) -> PreTrainedConfig:
         """The family's configuration of a model.
@@ -131,7 +176,7 @@ class Family:
         Raises:
             FamilyError: an option that ours does not have, with its name and value.
         """
-        given = Fields(config)
+        given = Fields(config, self.immaterial)
         common = {
             "vocab_size": given("vocab_size"),
             "hidden_size": given("hidden_size"),
@@ -148,32 +193,45 @@ class Family:
         except ConfigError as error:
             raise FamilyError(f"{self.model_type}: {error}") from None
 
-    def forms(self, model: ZooConfig, name: str) -> list[Form]:
-        """The layouts in which a checkpoint may hold our tensor `name`."""
-        names, prefix, rest = self.outside, "", name
-        experts = 0
+    def pairs(self, model: ZooConfig, names: Iterable[str]) -> list[Pair]:
+        """Where the tensors of a model, `names`, are there."""
+        pairs, done = [], set()
+        for name in names:
+            if name not in done:
+                pairs.append(self._pair(model, name))
+                done.update(pairs[-1].ours)
+        return pairs
+
+    def _pair(self, model: ZooConfig, name: str) -> Pair:
+        """The pair that our tensor `name` is in."""
+        names, ours, theirs, rest, experts = self.outside, "", "", name, 0
         if name.startswith("model.layers."):
-            _, _, i, rest = name.split(".", 3)
-            layer, prefix = model.layers[int(i)], self.prefix.replace("{i}", i)
+            *start, rest = name.split(".", 3)
+            layer, ours, theirs = (
+                model.layers[int(start[2])],
+                ".".join(start) + ".",
+                self.prefix.replace("{i}", start[2]),
+            )
             role, _, inner = rest.partition(".")
-            names = self.layer
+            names = self.layer(layer) if callable(self.layer) else self.layer
             if role in ("mixer", "ffn"):
                 part = getattr(layer, role)
-                names, rest = self.blocks[part.kind], inner
+                given = self.blocks[part.kind]
+                names, ours, rest = given(part.config) if callable(given) else given, f"{ours}{role}.", inner
                 experts = getattr(part.config, "num_experts", 0)
         module, _, leaf = rest.rpartition(".")
-        given = names[rest] if rest in names else names[f"{module}.*"]
-        layouts = [given] if isinstance(given, str | Same | PerExpert) else given
-        return [_form(layout, prefix, leaf, experts) for layout in layouts]
+        keys = {each: key for key in names for each in ((key,) if isinstance(key, str) else key)}
+        key = keys[rest] if rest in keys else keys[f"{module}.*"]
 
+        def full(prefix: str, name: str) -> str:
+            return prefix + (name[:-1] + leaf if name.endswith(".*") else name)
 
-def _form(layout: str | Form, prefix: str, leaf: str, experts: int) -> Form:
-    def full(name: str) -> str:
-        return prefix + (name[:-1] + leaf if name.endswith(".*") else name)
-
-    if isinstance(layout, PerExpert):
-        return PerExpert(tuple(full(pattern) for pattern in layout.patterns), experts)
-    return Same(full(layout)) if isinstance(layout, str) else type(layout)(full(layout.name))
+        layouts = [names[key]] if isinstance(names[key], str | Form) else names[key]
+        forms = [Same(layout) if isinstance(layout, str) else layout for layout in layouts]
+        return Pair(
+            tuple(full(ours, each) for each in ((key,) if isinstance(key, str) else key)),
+            [form.at(lambda name: full(theirs, name), experts) for form in forms],
+        )
 
 
 def _difference(one: Any, other: Any) -> str | None:
@@ -206,7 +264,8 @@ _IMMATERIAL = {
 class Fields:
     """A configuration's fields, each of which must be read, be at its default, or not matter."""
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: PreTrainedConfig, immaterial: Collection[str] = ()) -> None:
+        self.immaterial = _IMMATERIAL | set(immaterial)
         self.model_type = config.model_type
         self.values = config.to_dict()
         # What every configuration has is about saving, generating and training, except for these.
@@ -240,5 +299,5 @@ class Fields:
     def finish(self) -> None:
         """Raises FamilyError at the first field that nobody read and that is not at its default."""
         for name, value in self.values.items():
-            if name not in self.read | _IMMATERIAL and value != self.defaults.get(name):
+            if name not in self.read | self.immaterial and value != self.defaults.get(name):
                 raise FamilyError(f"{self.model_type}: {name} is {shown(value)}, which is not supported")

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from zoo.config import ZooConfig
 from zoo.models.build import build
 from zoo.models.families import FAMILIES
-from zoo.models.families.base import Family, FamilyError
+from zoo.models.families.base import Family, FamilyError, Form
 from zoo.models.modeling import ZooForCausalLM
 from zoo.schema import nearest
 
@@ -49,12 +49,14 @@ def to_hf(model: ZooForCausalLM) -> PreTrainedModel:
     family, config = family_of(model.config)
     theirs = getattr(transformers, family.model_class)(config).to(model.dtype)
     parameters = dict(theirs.named_parameters())
+    ours = dict(model.named_parameters())  # a tied head is the embedding and not among them
     given = set()
-    for name, parameter in model.named_parameters():  # a tied head is the embedding and not among them
-        form = family.forms(model.config, name)[-1]
-        for their_name, part in zip(form.names(), form.split(parameter.detach()), strict=True):
-            parameters[their_name].data = as_exported(part, model.dtype).clone()
-            given.add(their_name)
+    for pair in family.pairs(model.config, ours):
+        form = pair.layouts[-1]
+        parts = form.split([ours[name].detach() for name in pair.ours])
+        for name, part in zip(form.names(), parts, strict=True):
+            parameters[name].data = as_exported(part, model.dtype).clone()
+            given.add(name)
     assert given == set(parameters), f"not given: {set(parameters) - given}"
     return theirs.train(model.training)
 
@@ -157,27 +159,7 @@ def family_named(model_type: object, where: str) -> Family:
 def _load(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> ZooForCausalLM:
     family = family_named(config.model_type, type(config).__name__)
     model = build(family.model_file(config), device="meta", dtype=_dtype(tensors))
-    left = {name for name in tensors if not name.endswith(family.derived or ("\0",))}
-    if config.tie_word_embeddings:
-        left.discard("lm_head.weight")
-    found = {}
-    missing = []
-    for name, parameter in model.named_parameters():
-        forms = family.forms(model.config, name)
-        form = next((form for form in forms if all(each in tensors for each in form.names())), None)
-        if form is None:
-            missing.append(forms[0].names()[0])
-            continue
-        left.difference_update(form.names())
-        tensor = form.join([tensors[each] for each in form.names()])
-        if tensor.shape != parameter.shape:
-            shapes = f"is {list(tensor.shape)}, the configuration says {list(parameter.shape)}"
-            raise FamilyError(f"{form.names()[0]}: {shapes}")
-        found[name] = tensor.to(parameter.dtype, copy=True)
-    if missing:
-        raise FamilyError(f"missing tensors: {_some(missing)}")
-    if left:
-        raise FamilyError(f"tensors that nothing here reads: {_some(sorted(left))}")
+    found = dict(converted(family, model, tensors))
     model.to_empty(device=next(iter(found.values())).device)
     for module in model.modules():
         if any(True for _ in module.buffers(recurse=False)):
@@ -187,6 +169,49 @@ def _load(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> ZooForCaus
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model.eval()
+
+
+def converted(family: Family, model: ZooForCausalLM, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors by name, one after the other, of theirs; `model` may be on the meta device.
+
+    Raises:
+        FamilyError: tensors that are missing, left over (both before the first is read), or of another shape.
+    """
+    ours = dict(model.named_parameters())
+    left = {name for name in tensors if not name.endswith(family.derived or ("\0",))}
+    if model.config.tie_word_embeddings:
+        left.discard("lm_head.weight")
+    plan, missing = [], []
+    for pair in family.pairs(model.config, ours):
+        form = next((form for form in pair.layouts if all(name in tensors for name in form.names())), None)
+        if form is None:
+            missing += [name for name in pair.layouts[0].names() if name not in tensors]
+        else:
+            plan.append((pair, form))
+            left.difference_update(form.names())
+    if missing:
+        raise FamilyError(f"missing tensors: {_some(missing)}")
+    if left:
+        raise FamilyError(f"tensors that nothing here reads: {_some(sorted(left))}")
+    for pair, form in plan:
+        theirs = [tensors[name] for name in form.names()]
+        shapes = [ours[name].shape for name in pair.ours]
+        try:
+            joined = form.join(theirs, shapes)
+            fits = [tensor.shape for tensor in joined] == shapes
+        except (RuntimeError, ValueError):
+            fits = False
+        if not fits:
+            found = ", ".join(str(list(tensor.shape)) for tensor in theirs)
+            raise FamilyError(f"{form.names()[0]}: is {found}, the configuration says {_expected(form, shapes)}")
+        for name, tensor in zip(pair.ours, joined, strict=True):
+            yield name, tensor.to(ours[name].dtype, copy=True)
+
+
+def _expected(form: Form, shapes: list[torch.Size]) -> str:
+    """Shapes of theirs for such tensors of ours."""
+    theirs = form.split([torch.empty(shape, device="meta") for shape in shapes])
+    return ", ".join(str(list(tensor.shape)) for tensor in theirs)
 
 
 def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:

@@ -8,7 +8,7 @@ from zoo.blocks.attention import AttentionConfig
 from zoo.blocks.moe import MoEConfig
 from zoo.blocks.rope import RopeConfig
 from zoo.config import ZooConfig
-from zoo.models.families.base import FamilyError, Fields, Names, PerExpert
+from zoo.models.families.base import FamilyError, Fields, Form, Names, PerExpert
 
 OUTSIDE = {
     "model.embed_tokens.weight": "model.embed_tokens.weight",
@@ -157,10 +157,11 @@ def layers_with(model: ZooConfig, kind: str) -> list[int]:
 
 def within(module: str, names: Names) -> Names:
     """The names of a part that stands in `module` there."""
-    return {ours: _within(module, theirs) for ours, theirs in names.items()}
 
+    def inside(layout: str | Form) -> str | Form:
+        return f"{module}.{layout}" if isinstance(layout, str) else layout.at(lambda name: f"{module}.{name}")
 
-def _within(module: str, theirs: Any) -> Any:
-    if isinstance(theirs, str):
-        return f"{module}.{theirs}"
-    return type(theirs)(f"{module}.{theirs.name}")
+    return {
+        ours: inside(theirs) if isinstance(theirs, str | Form) else [inside(layout) for layout in theirs]
+        for ours, theirs in names.items()
+    }
