@@ -88,7 +88,7 @@ FIELD_MISTAKES = [
     ("key-router", "defaults.ffn.router.aux_loss", 1, "defaults.ffn.router.aux_loss: unknown key; did you mean 'aux_loss_coef'?"),
     ("key-norm", "norm.epsilon", 1e-5, "norm.epsilon: unknown key; did you mean 'eps'?"),
     ("key-residual", "residual.alpha", 2.0, "residual.alpha: unknown key; did you mean 'ffn_alpha'?"),
-    ("key-residual-none", "residual", {"kind": "pre", "mixer_alpha": 1.0}, "residual.mixer_alpha: unknown key; remove it, there are no keys here"),
+    ("key-residual-none", "residual", {"kind": "post", "mixer_alpha": 1.0}, "residual.mixer_alpha: unknown key; remove it, there are no keys here"),
     ("key-private", "_layers", 1, f"_layers: unknown key; known: {KNOWN}"),
     ("key-transformers", "temperature", 0.5, f"temperature: unknown key; known: {KNOWN}"),
     ("key-number", "7", 1, f"7: unknown key; known: {KNOWN}"),
@@ -446,7 +446,7 @@ def test_null_at_the_top_is_not_given() -> None:
     mapping["blocks"] = {"scan": mapping["blocks"]["scan"]}
     config = load_config(mapping | {"pattern": "scan"})
     assert (config.tie_word_embeddings, config.initializer_range, config.norm_config.eps) == (False, 0.02, 1e-6)
-    assert type(config.layers[0].residual).__name__ == "Residual"
+    assert type(config.layers[0].residual).__name__ == "Pre"
 
 
 def test_alphas_follow_the_depth() -> None:

@@ -79,6 +79,9 @@ class _ModelFile:
     residual             how sublayers join the stream: {kind: pre}.
     norm                 {kind: rms, eps: 1e-6, zero_centered: false}.
     tie_word_embeddings  whether the output head is the embedding.
+    embedding_scale      multiplies embeddings (Gemma: hidden_size ** 0.5).
+    logit_scale          multiplies what the output head reads (Granite, Falcon-H1).
+    logit_softcap        bounds logits: softcap * tanh(logits / softcap) (Gemma 2).
     initializer_range    standard deviation of initial weights.
     """
 
@@ -90,6 +93,9 @@ class _ModelFile:
     residual: dict | None = None
     norm: NormConfig | None = None
     tie_word_embeddings: bool = False
+    embedding_scale: Positive = 1.0
+    logit_scale: Positive = 1.0
+    logit_softcap: Positive | None = None
     initializer_range: Positive = 0.02
     bos_token_id: Count | None = None
     eos_token_id: Count | None = None
@@ -126,6 +132,9 @@ class ZooConfig(PreTrainedConfig):
     residual: Any = None
     norm: Any = None
     tie_word_embeddings: Any = False
+    embedding_scale: Any = 1.0
+    logit_scale: Any = 1.0
+    logit_softcap: Any = None
     initializer_range: Any = 0.02
     bos_token_id: Any = None
     eos_token_id: Any = None

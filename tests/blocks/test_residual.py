@@ -18,10 +18,10 @@ def layer(residual, mixer=MIXER, ffn=FFN, num_layers=8):
     return perturb(DecoderLayer(config.layers[0], config, 0).double())
 
 
-def formula(kind, x, part, norm, second_norm, alpha, beta):
+def formula(kind, x, part, norm, second_norm, alpha, beta, scale):
     """One sublayer, as its paper writes it."""
     return {
-        "pre": lambda: x + part(norm(x)),
+        "pre": lambda: x + scale * part(norm(x)),
         "post": lambda: norm(x + part(x)),
         "sandwich": lambda: x + second_norm(part(norm(x))),
         "normalized": lambda: alpha * norm(x) + beta * part(norm(x)),
@@ -33,6 +33,7 @@ def formula(kind, x, part, norm, second_norm, alpha, beta):
     "residual",
     [
         {"kind": "pre"},
+        {"kind": "pre", "mixer_scale": 0.3, "ffn_scale": -1.2},
         {"kind": "post"},
         {"kind": "sandwich"},
         {"kind": "normalized"},
@@ -51,10 +52,12 @@ def test_equals_the_formula(residual, sublayers):
     if sublayers != "ffn":
         alpha, beta = residual.get("mixer_alpha", 16**0.25), residual.get("mixer_beta", 1.0)
         norms = module.mixer_norm, module.mixer_second_norm
-        y = formula(kind, y, lambda h: module.mixer(h, context), *norms, alpha, beta)
+        scale = residual.get("mixer_scale", 1.0)
+        y = formula(kind, y, lambda h: module.mixer(h, context), *norms, alpha, beta, scale)
     if sublayers != "mixer":
         alpha, beta = residual.get("ffn_alpha", 16**0.25), residual.get("ffn_beta", 1.0)
-        y = formula(kind, y, lambda h: module.ffn(h, context)[0], module.ffn_norm, module.ffn_second_norm, alpha, beta)
+        norms, scale = (module.ffn_norm, module.ffn_second_norm), residual.get("ffn_scale", 1.0)
+        y = formula(kind, y, lambda h: module.ffn(h, context)[0], *norms, alpha, beta, scale)
     assert_close(module(x, context)[0], y)
 
 

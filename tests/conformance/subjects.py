@@ -79,7 +79,9 @@ SUBJECTS: dict[str, dict[str, Any]] = {
             "softmax": {"mixer": NO_ROPE, "ffn": MLP},
         },
     ),
-    "all-pre": _stack(ALL_PATTERN, ALL_KINDS, norm={"kind": "layer"}),
+    "all-pre": _stack(
+        ALL_PATTERN, ALL_KINDS, norm={"kind": "layer"}, residual={"kind": "pre", "mixer_scale": 0.6, "ffn_scale": 1.4}
+    ),
     "all-normalized": _stack(ALL_PATTERN, ALL_KINDS, residual={"kind": "normalized"}),
     "all-post": _stack(ALL_PATTERN, ALL_KINDS, residual={"kind": "post"}),
     "all-sandwich": _stack(ALL_PATTERN, ALL_KINDS, residual={"kind": "sandwich"}, norm={"zero_centered": True}),

@@ -49,6 +49,18 @@ def test_equals_cross_entropy(implementation, count, vocab, chunk_elements, monk
         assert_close(implementation(x, weight, labels), reference)
 
 
+@pytest.mark.parametrize("chunk_elements", [2**24, 3000])
+def test_capped_logits(chunk_elements, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
+    x, weight, labels = problem(37, 1000)
+    loss = linear_cross_entropy(x, weight, labels, 1.5)
+    logits = 1.5 * torch.tanh(x @ weight.T / 1.5)
+    reference = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
+    assert_close(loss, reference)
+    for gradient, expected in zip(*(torch.autograd.grad(each, [x, weight]) for each in (loss, reference)), strict=True):
+        assert_close(gradient, expected, "gradient")
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_nothing_to_score(implementation):
     x, weight, labels = problem(7, 11)

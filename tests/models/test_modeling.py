@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -49,6 +50,17 @@ def test_embeddings_instead_of_ids():
     for arguments in ({}, {"input_ids": ids, "inputs_embeds": net.get_input_embeddings()(ids)}):
         with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
             net(**arguments)
+
+
+def test_scales_of_embeddings_and_logits():
+    plain, ids = model(), tokens(2, 7)
+    scaled = model(embedding_scale=3.0, logit_scale=0.7, logit_softcap=2.0)
+    logits = plain(inputs_embeds=3.0 * plain.get_input_embeddings()(ids)).logits
+    expected = 2 * torch.tanh(0.7 * logits / 2)
+    out = scaled(ids, labels=ids)
+    assert_close(out.logits, expected)
+    assert_close(scaled(inputs_embeds=scaled.get_input_embeddings()(ids)).logits, expected)
+    assert_close(out.cross_entropy, F.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -1,6 +1,6 @@
 """How a sublayer f (mixer or feed-forward) joins the residual stream x.
 
-pre         x + f(norm(x))                         Xiong et al. 2020, arXiv:2002.04745
+pre         x + scale*f(norm(x))                   Xiong et al. 2020, arXiv:2002.04745
 post        norm(x + f(x))                         Vaswani et al. 2017, arXiv:1706.03762, section 3.1
 sandwich    x + norm2(f(norm(x)))                  Ding et al. 2021, arXiv:2105.13290, section 2.4
 normalized  h = norm(x); alpha*h + beta*f(h)       MiniMax-01, arXiv:2501.08313, section 2.2.2 (released model)
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from zoo.schema import FieldError, from_mapping, join, nearest, shown
@@ -34,7 +35,7 @@ class Sublayer(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Residual:
-    """x + f(norm(x)).
+    """A rule.
 
     Called with the stream and a layer's sublayers, mixer first; returns the new stream.
     """
@@ -52,7 +53,23 @@ class Residual:
 
     def add(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         """`x` with one sublayer joined."""
-        return x + sublayer.f(sublayer.norm(x))
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pre(Residual):
+    """x + scale*f(norm(x)).
+
+    mixer_scale  multiplies a mixer's output (Granite's residual_multiplier).
+    ffn_scale    multiplies a feed-forward's output.
+    """
+
+    mixer_scale: float = 1.0
+    ffn_scale: float = 1.0
+
+    def add(self, x: Tensor, sublayer: Sublayer) -> Tensor:
+        scale = self.mixer_scale if sublayer.is_mixer else self.ffn_scale
+        return torch.add(x, sublayer.f(sublayer.norm(x)), alpha=scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +131,7 @@ class Parallel(Residual):
 
 
 RESIDUALS: dict[str, type[Residual]] = {
-    "pre": Residual,
+    "pre": Pre,
     "post": Post,
     "sandwich": Sandwich,
     "normalized": Normalized,

@@ -20,22 +20,24 @@ NATIVE_DEVICES = ("cuda",)
 CHUNK_ELEMENTS = 2**24  # logits in memory at once: 64 MB in float32
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
     """The summed cross entropy, in float32, of `hidden @ weight.T` against `labels`.
 
     Args:
         hidden: `[tokens, hidden]`.
         weight: `[vocab, hidden]`, the output head.
         labels: `[tokens]` int64; -100 is ignored.
+        softcap: logits become `softcap * tanh(logits / softcap)`.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False):
-        if device not in NATIVE_DEVICES or not hasattr(F, "linear_cross_entropy") or not torch.is_grad_enabled():
+        native = device in NATIVE_DEVICES and hasattr(F, "linear_cross_entropy") and softcap is None
+        if not native or not torch.is_grad_enabled():
             if not torch.is_grad_enabled():
                 hidden, weight = hidden.detach(), weight.detach()  # or its gradients would be made all the same
-            return _LinearCrossEntropy.apply(hidden, weight, labels)
+            return _LinearCrossEntropy.apply(hidden, weight, labels, softcap)
         losses = F.linear_cross_entropy(
             hidden,
             weight,
@@ -52,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     the logits is kept, and nothing is computed twice (as in Liger Kernel, arXiv:2410.10989, section 3.2)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
@@ -62,10 +64,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             now = slice(start, start + tokens)
             h, real = hidden[now], labels[now] != IGNORE_INDEX
             targets = labels[now].masked_fill(~real, 0)[:, None]
-            log_p = matmul(h, weight.T).float().log_softmax(-1)
+            logits = matmul(h, weight.T).float()
+            if softcap is not None:
+                squashed = logits.div_(softcap).tanh_()
+                logits = softcap * squashed
+            log_p = logits.log_softmax(-1)
             total -= log_p.gather(1, targets)[:, 0].masked_fill(~real, 0).sum()
             if d_hidden is not None and d_weight is not None:
                 d_logits = log_p.exp_().scatter_add_(1, targets, log_p.new_full(targets.shape, -1.0))
+                if softcap is not None:
+                    d_logits *= 1 - squashed.square_()
                 d_logits = d_logits.masked_fill_(~real[:, None], 0).to(hidden.dtype)
                 d_hidden[now] = matmul(d_logits, weight)
                 d_weight += matmul(d_logits.T, h)
@@ -76,7 +84,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grad, d_weight * grad, None
+        return d_hidden * grad, d_weight * grad, None, None
 
 
 def router_loss(routers: Sequence[tuple[MoEConfig, RouterStatistics]]) -> Tensor | None:

@@ -97,6 +97,8 @@ class ZooModel(ZooPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
         batch, length = x.shape[:2]
         if past_key_values is None and use_cache:
             past_key_values = self.new_cache(batch, x.device, x.dtype)
@@ -174,7 +176,8 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         """One forward pass.
 
         Args:
-            input_ids: `[batch, length]` int64; or `inputs_embeds` `[batch, length, hidden]`.
+            input_ids: `[batch, length]` int64; or `inputs_embeds` `[batch, length, hidden]`, as `model.embed_tokens`
+                returns them.
             attention_mask: `[batch, length]` (or with the past's columns before it), nonzero at real tokens.
             position_ids: `[batch, length]`; by default counted over real tokens, on from the cache.
             past_key_values: a cache to continue from; it is updated in place.
@@ -197,16 +200,21 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
             cu_seqlens,
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
-        hidden = output.last_hidden_state
+        hidden, softcap = output.last_hidden_state, self.config.logit_softcap
+        if self.config.logit_scale != 1:
+            hidden = hidden * self.config.logit_scale
         loss = cross_entropy = aux_loss = logits = None
         if labels is not None:
             targets = labels[:, 1:].flatten()
             items = (targets != IGNORE_INDEX).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            cross_entropy = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), self.lm_head.weight, targets) / items
+            flat = hidden[:, :-1].flatten(0, 1)
+            cross_entropy = linear_cross_entropy(flat, self.lm_head.weight, targets, softcap) / items
             aux_loss = self._router_loss(output.router_statistics)
             loss = cross_entropy if aux_loss is None else cross_entropy + aux_loss
         if labels is None or not self.training:
             logits = self.lm_head(hidden[:, -logits_to_keep:])
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
         result = ZooCausalLMOutput(
             loss=loss,
             logits=logits,

@@ -238,7 +238,8 @@ def _difference(one: Any, other: Any) -> str | None:
     """The first thing in which two models, or parts of them, differ; None if they are the same once built."""
     names: Sequence[str]
     if isinstance(one, ZooConfig):
-        names = ("vocab_size", "hidden_size", "tie_word_embeddings", "norm_config", "num_hidden_layers", "layers")
+        names = ("vocab_size", "hidden_size", "tie_word_embeddings", "embedding_scale", "logit_scale", "logit_softcap",
+                 "norm_config", "num_hidden_layers", "layers")  # fmt: skip
     elif isinstance(one, Layer):
         names = ("mixer", "ffn", "norm", "residual")
     elif is_dataclass(one) and type(one) is type(other):
