@@ -2,9 +2,13 @@
 
 import pytest
 import torch
-from transformers import JambaConfig, MixtralConfig
+from transformers import DeepseekV3Config, GptOssConfig, JambaConfig, MixtralConfig, NemotronHConfig, Qwen3NextConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.jamba.modeling_jamba import JambaSparseMoeBlock
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, load_balancing_loss_func
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMoE
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextSparseMoeBlock
 
 from tests.blocks.helpers import (
     assert_close,
@@ -69,6 +73,140 @@ def test_equals_transformers(theirs, num_experts, top_k):
         assert_close(run_ffn(ours)(x), reference(x))
     else:
         assert_parity(ours, run_ffn(ours), reference, reference, weights, x)
+
+
+SHARED = {f"shared.{part}_proj.weight": f"shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")}
+SIGMOID = {"kind": "sigmoid", "correction_bias": True}
+
+
+def theirs(module_class, config_class, **fields):
+    config = config_class(hidden_size=HIDDEN, num_attention_heads=1, num_key_value_heads=1, **fields)
+    config._experts_implementation = "eager"
+    return module_class(config)
+
+
+def set_correction(ours, reference):
+    """Large enough to change the choice of many tokens."""
+    bias = random_input(len(ours.router.correction_bias), seed=3) * 0.3
+    ours.router.correction_bias.copy_(bias)
+    reference.gate.e_score_correction_bias.copy_(bias)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "groups", "kept", "scale"),
+    [(8, 2, 4, 2, 2.5), (8, 3, 2, 1, 1.0), (6, 2, 1, 1, 0.7), (12, 8, 3, 2, 2.0), (6, 4, 2, 2, 1.0)],
+)
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_equals_deepseek(num_experts, top_k, groups, kept, scale, renormalize):
+    """Sigmoid scores, a correction bias, groups, a scale, shared experts."""
+    reference = theirs(
+        DeepseekV3MoE, DeepseekV3Config, moe_intermediate_size=INNER, n_routed_experts=num_experts,
+        num_experts_per_tok=top_k, n_group=groups, topk_group=kept, routed_scaling_factor=scale, n_shared_experts=2,
+        norm_topk_prob=renormalize,
+    )  # fmt: skip
+    router = SIGMOID | {"num_groups": groups, "top_k_groups": kept, "scale": scale}
+    ours = moe(num_experts, top_k, renormalize=renormalize, num_shared_experts=2, router=router)
+    set_correction(ours, reference)
+    weights = {"router.weight": "gate.weight"} | EXPERTS | SHARED
+    assert_parity(ours, run_ffn(ours), reference, reference, weights, random_input(2, 11, HIDDEN))
+
+
+def test_equals_qwen3_next():
+    """A gated shared expert of its own width."""
+    reference = theirs(
+        Qwen3NextSparseMoeBlock, Qwen3NextConfig, moe_intermediate_size=INNER, num_experts=5, num_experts_per_tok=2,
+        shared_expert_intermediate_size=7, norm_topk_prob=True,
+    )  # fmt: skip
+    ours = moe(num_shared_experts=1, shared_intermediate_size=7, shared_gate=True)
+    shared = {name: their_name.replace("experts", "expert") for name, their_name in SHARED.items()}
+    weights = {"router.weight": "gate.weight", "shared_gate.weight": "shared_expert_gate.weight"} | EXPERTS | shared
+    assert_parity(ours, run_ffn(ours), reference, reference, weights, random_input(2, 11, HIDDEN))
+
+
+def test_equals_nemotron_h():
+    """Experts without a gate."""
+    reference = theirs(
+        NemotronHMoE, NemotronHConfig, moe_intermediate_size=INNER, n_routed_experts=6, num_experts_per_tok=3,
+        moe_shared_expert_intermediate_size=9, routed_scaling_factor=1.5, n_group=2, topk_group=1,
+    )  # fmt: skip
+    router = SIGMOID | {"num_groups": 2, "top_k_groups": 1, "scale": 1.5}
+    shared = {"num_shared_experts": 1, "shared_intermediate_size": 9}
+    ours = moe(6, 3, gated=False, activation="relu2", router=router, **shared)
+    set_correction(ours, reference)
+    weights = {"router.weight": "gate.weight"} | {name: name for name in ("experts.up_proj", "experts.down_proj")}
+    weights |= {name: their_name for name, their_name in SHARED.items() if "gate" not in name}
+    assert_parity(ours, run_ffn(ours), reference, reference, weights, random_input(2, 11, HIDDEN))
+
+
+@pytest.mark.parametrize("limit", [0.4, 7.0])
+def test_equals_gpt_oss(limit):
+    """Biases in the router and the experts, clamped SwiGLU. Theirs has gate and up in alternate columns."""
+    reference = theirs(
+        GptOssMLP, GptOssConfig, intermediate_size=INNER, num_local_experts=5, num_experts_per_tok=3,
+        swiglu_limit=limit, swiglu_alpha=1.3,
+    )  # fmt: skip
+    ours = moe(5, 3, bias=True, swiglu_limit=limit, swiglu_alpha=1.3, router={"bias": True})
+
+    def apart(x):
+        return torch.cat([x[:, ::2], x[:, 1::2]], 1)
+
+    weights = {
+        "router.weight": "router.weight",
+        "router.bias": "router.bias",
+        "experts.gate_up_proj": ("experts.gate_up_proj", lambda x: apart(x.mT)),
+        "experts.gate_up_proj_bias": ("experts.gate_up_proj_bias", apart),
+        "experts.down_proj": ("experts.down_proj", lambda x: x.mT),
+        "experts.down_proj_bias": "experts.down_proj_bias",
+    }
+    assert_parity(ours, run_ffn(ours), reference, lambda x: reference(x)[0], weights, random_input(2, 11, HIDDEN))
+
+
+OPTIONS = {
+    "biases": {"bias": True, "router": {"bias": True}},
+    "clamped": {"swiglu_limit": 0.5, "bias": True},
+    "ungated": {"gated": False, "activation": "relu2"},
+    "shared gate": {"num_shared_experts": 1, "shared_gate": True},
+    "sigmoid": {"router": SIGMOID | {"num_groups": 3, "top_k_groups": 2, "scale": 2.0}},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@torch.no_grad()
+def test_one_token_at_a_time_is_the_same(options):
+    """Decoding goes through the experts one by one."""
+    module = perturb(moe(6, 2, **options).double())
+    if module.router.correction_bias is not None:
+        module.router.correction_bias.copy_(random_input(6) * 0.3)
+    x = random_input(2, 5, HIDDEN, dtype=torch.float64)
+    steps = [run_ffn(module)(x[:, t : t + 1]) for t in range(5)]
+    assert_close(torch.cat(steps, 1), run_ffn(module)(x))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_bfloat16_with_options(options):
+    """Rows that only fill up an expert's share have biases too, and change nothing."""
+    low, x = perturb(moe(6, 2, **options)).to(torch.bfloat16), random_input(3, 50, HIDDEN).bfloat16()
+    full = moe(6, 2, **options)
+    full.load_state_dict(low.state_dict())
+    outs = []
+    for module, inputs in ((low, x), (full, x.float())):
+        y = run_ffn(module)(inputs)
+        y.float().square().sum().backward()
+        outs.append(y)
+    assert_close(outs[0].float(), outs[1], tolerance=2e-2)
+    for (name, parameter), other in zip(low.named_parameters(), full.parameters(), strict=True):
+        assert_close(parameter.grad.float(), other.grad, name, tolerance=5e-2)
+
+
+def test_the_correction_bias_is_kept_but_not_trained():
+    module = moe(4, 2, router=SIGMOID)
+    assert "router.correction_bias" in module.state_dict()
+    assert not any("correction" in name for name, _ in module.named_parameters())
+    module.router.correction_bias.copy_(torch.tensor([0.0, 9.0, 0.0, 9.0]))
+    x = random_input(1, 6, HIDDEN)
+    _, statistics = module(x, SequenceContext.of(x))
+    assert statistics.assignments.tolist() == [0, 6, 0, 6]
+    assert_close(statistics.probabilities.sum(), torch.tensor(6.0))
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "relu2"])
@@ -226,6 +364,23 @@ def test_assignment(round_up, tokens):
         assert len(mine) == count or (round_up and count < len(mine) <= max(count * 9 / 8, count + 16))
 
 
-def test_mistakes_are_named():
-    with pytest.raises(ConfigError, match=r"blocks\.b\.ffn\.top_k: must be at most num_experts \(4\), got 5"):
-        moe(num_experts=4, top_k=5)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"top_k": 5}, r"top_k: must be at most num_experts \(4\), got 5"),
+        ({"shared_gate": True}, r"shared_gate: is of the shared experts, .*; give num_shared_experts"),
+        ({"shared_intermediate_size": 8}, r"shared_intermediate_size: is of the shared experts, .*"),
+        ({"swiglu_alpha": 1.0}, r"swiglu_alpha: belongs to the clamped SwiGLU; give swiglu_limit"),
+        ({"swiglu_limit": 1.0, "gated": False}, r"swiglu_limit: needs gated experts with activation silu.*"),
+        ({"router": {"num_groups": 3}}, r"router\.num_groups: must divide num_experts \(4\) .*, got 3"),
+        ({"router": {"num_groups": 4}}, r"router\.num_groups: .* into groups of at least 2, got 4"),
+        ({"router": {"num_groups": 2, "top_k_groups": 3}}, r"router\.top_k_groups: must be at most num_groups .*"),
+        (
+            {"top_k": 3, "router": {"num_groups": 2, "top_k_groups": 1}},
+            r"router\.top_k_groups: must leave top_k \(3\).*",
+        ),
+    ],
+)
+def test_mistakes_are_named(fields, message):
+    with pytest.raises(ConfigError, match=rf"blocks\.b\.ffn\.{message}"):
+        moe(**({"num_experts": 4} | fields))

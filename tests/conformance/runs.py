@@ -13,14 +13,14 @@ from zoo.models import ZooCache, ZooModel
 
 
 def build(subject: str, dtype: torch.dtype = torch.float64) -> ZooModel:
-    """The decoder of `subject`, every parameter moved at random from its initial value (zeros and ones hide mistakes).
+    """The decoder of `subject`, all that is saved moved at random from where it starts (zeros and ones hide mistakes).
 
     In float64 the rates and decays are float64 too, so that what a comparison shows is not their rounding.
     """
     torch.manual_seed(0)
     model = zoo.build(SUBJECTS[subject]).model.eval()
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
+    for tensor in model.state_dict().values():
+        tensor += 0.2 * torch.randn_like(tensor)
     model = model.to(dtype)
     if dtype == torch.float64:
         for tensor in (*model.parameters(), *model.buffers()):

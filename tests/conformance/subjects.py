@@ -17,6 +17,15 @@ RELU2 = {"kind": "mlp", "intermediate_size": 24, "activation": "relu2", "gated":
 MOE = {"kind": "moe", "intermediate_size": 16, "num_experts": 4, "top_k": 2, "renormalize": True}
 JAMBA_MOE = {**MOE, "renormalize": False}
 SHARED_MOE = {**MOE, "top_k": 3, "num_shared_experts": 1, "router": {"z_loss_coef": 0.01}}
+GROUPS_MOE = {
+    **MOE, "num_experts": 6, "num_shared_experts": 2,
+    "router": {"kind": "sigmoid", "correction_bias": True, "num_groups": 3, "top_k_groups": 2, "scale": 1.5},
+}  # fmt: skip
+CLAMPED_MOE = {**MOE, "bias": True, "swiglu_limit": 0.5, "router": {"bias": True}}
+UNGATED_MOE = {
+    **MOE, "gated": False, "activation": "relu2", "num_shared_experts": 1, "shared_intermediate_size": 12,
+    "shared_gate": True,
+}  # fmt: skip
 
 MHA = {"kind": "attention", "num_heads": 4}
 PARTIAL_ROPE = {"theta": 1.0e4, "rotary_dim": 4}
@@ -64,6 +73,9 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "mamba-inner-norms": _alone(JAMBA, MLP),
     "mamba2": _alone(MAMBA2, MLP),
     "mamba2-groups": _alone(MAMBA2_GROUPS, MOE),
+    "moe-groups": _alone(MHA, GROUPS_MOE),
+    "moe-clamped": _alone(MAMBA, CLAMPED_MOE),
+    "moe-ungated": _alone(LIGHTNING, UNGATED_MOE),
     "minimax": _stack(
         "lightning*2 softmax",
         {"lightning": {"mixer": LIGHTNING}, "softmax": {"mixer": GQA}},

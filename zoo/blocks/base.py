@@ -56,7 +56,7 @@ class Float32Module(nn.Module):
     float32: ClassVar[tuple[str, ...]] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept = {name: getattr(self, name).data for name in self.float32}
+        kept = {name: getattr(self, name).data for name in self.float32 if getattr(self, name) is not None}
         super()._apply(fn, recurse)
         for name, before in kept.items():
             tensor = getattr(self, name)

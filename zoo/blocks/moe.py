@@ -1,18 +1,24 @@
 """Mixture of experts, dropless (Shazeer et al. 2017, arXiv:1701.06538; Mixtral, arXiv:2401.04088, section 2.1).
 
-    p = softmax(W_r x)  in float32;   T = the top_k largest of p
-    y = sum_{e in T} w_e expert_e(x) + shared(x)      w_e = p_e, or p_e / sum_T p with renormalize
-
-    auxiliary loss  E sum_e f_e P_e                   f_e share of tokens that chose e, P_e mean p_e (arXiv:2101.03961,
-                                                      equation 4); balanced routing gives top_k
+    p = softmax(W_r x) or sigmoid(W_r x)  in float32;   T = the top_k largest of p + b   (b: correction_bias, or 0)
+    y = sum_{e in T} w_e expert_e(x) + shared(x)      w_e = scale p_e, or scale p_e / sum_T p with renormalize
+                                                      shared_gate: + sigmoid(w_s x) shared(x)
+    groups          T lies in the top_k_groups groups of experts whose two largest p + b sum to most
+                                                      DeepSeek-V3, arXiv:2412.19437, sections 2.1.2 and 3.4.2
+    auxiliary loss  E sum_e f_e P_e                   f_e share of tokens that chose e, P_e mean p_e / sum p
+                                                      (arXiv:2101.03961, equation 4); balanced routing gives top_k
     z-loss          mean logsumexp(W_r x)^2           Zoph et al. 2022, arXiv:2202.08906, equation 5
+
+    expert          W_down ( act(W_gate x) * (W_up x) ), or W_down act(W_up x) without `gated`
+    swiglu_limit    W_down ( g sigmoid(swiglu_alpha g) * (u + 1) ),  g = min(W_gate x, limit), u = W_up x within +-limit
+                                                      gpt-oss, arXiv:2508.10925
 
 Tokens are sorted by expert, so that each expert is one slice of one grouped matrix multiplication; none is dropped.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -21,13 +27,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 
-from zoo.blocks.base import FeedForward, FeedForwardConfig, RouterStatistics
+from zoo.blocks.base import FeedForward, FeedForwardConfig, Float32Module, RouterStatistics
 from zoo.blocks.context import SequenceContext
 from zoo.blocks.grouped import grouped_mm
 from zoo.blocks.linear import in_projection, out_projection_std
-from zoo.blocks.mlp import MLP, Activation, MLPConfig, gated
+from zoo.blocks.mlp import ACTIVATIONS, MLP, Activation, MLPConfig, gated
 from zoo.ops.matmul import linear
-from zoo.schema import Count, FieldError, NonNegative, Size
+from zoo.schema import Count, FieldError, NonNegative, Positive, Size
 
 if TYPE_CHECKING:
     from zoo.config import ZooConfig
@@ -40,27 +46,59 @@ FEW_COPIES = 8  # up to which a decoding step goes through its experts one by on
 class RouterConfig:
     """`router:` of a mixture of experts.
 
-    kind           softmax.
-    aux_loss_coef  weight of the load-balancing loss.
-    z_loss_coef    weight of the z-loss.
+    kind             softmax or sigmoid: what makes probabilities of logits.
+    bias             a bias on the logits.
+    correction_bias  a vector that is added to the probabilities for the choice alone, and that no gradient moves.
+    num_groups       groups of consecutive experts; more than 1 confines a token's choice to a few of them.
+    top_k_groups     to how many; default all.
+    scale            of the chosen experts' weights.
+    aux_loss_coef    weight of the load-balancing loss.
+    z_loss_coef      weight of the z-loss.
     """
 
-    kind: Literal["softmax"] = "softmax"
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    bias: bool = False
+    correction_bias: bool = False
+    num_groups: Size = 1
+    top_k_groups: Size | None = None
+    scale: Positive = 1.0
     aux_loss_coef: NonNegative = 0.01
     z_loss_coef: NonNegative = 0.0
+
+    def resolve(self, num_experts: int, top_k: int) -> RouterConfig:
+        """A copy with `top_k_groups` filled in.
+
+        Raises:
+            FieldError: the groups do not divide the experts, or too few experts are left to choose from.
+        """
+        groups = self.num_groups if self.top_k_groups is None else self.top_k_groups
+        if groups > self.num_groups:
+            raise FieldError("top_k_groups", f"must be at most num_groups ({self.num_groups}), got {groups}")
+        if self.num_groups > 1 and (num_experts % self.num_groups or num_experts < 2 * self.num_groups):
+            rule = f"must divide num_experts ({num_experts}) into groups of at least 2"
+            raise FieldError("num_groups", f"{rule}, got {self.num_groups}")
+        if groups * num_experts < top_k * self.num_groups:
+            raise FieldError("top_k_groups", f"must leave top_k ({top_k}) experts to choose from, got {groups}")
+        return replace(self, top_k_groups=groups)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig(FeedForwardConfig):
-    """A mixture of gated experts; each token passes through top_k of them.
+    """A mixture of experts; each token passes through top_k of them.
 
-    intermediate_size   width of one expert.
-    num_experts         experts to choose from.
-    top_k               experts per token.
-    renormalize         scale the chosen experts' weights to sum to 1 (MiniMax, Mixtral; Jamba does not).
-    num_shared_experts  experts that every token passes through besides.
-    activation          silu, gelu or relu2.
-    router              how tokens choose, and the losses that keep the choice balanced.
+    intermediate_size         width of one expert.
+    num_experts               experts to choose from.
+    top_k                     experts per token.
+    renormalize               scale the chosen experts' weights to sum to 1 (MiniMax, Mixtral; Jamba does not).
+    num_shared_experts        experts that every token passes through besides.
+    shared_intermediate_size  their width together; default num_shared_experts * intermediate_size.
+    shared_gate               multiply their output by sigmoid(w x), one number per token (Qwen3-Next).
+    activation                silu, gelu or relu2.
+    gated                     multiply by a second projection (SwiGLU).
+    swiglu_limit              clamp both projections to this (gpt-oss); default no limit.
+    swiglu_alpha              slope of the clamped gate's sigmoid; default 1.702.
+    bias                      biases on the experts' projections.
+    router                    how tokens choose, and the losses that keep the choice balanced.
     """
 
     intermediate_size: Size
@@ -68,43 +106,170 @@ class MoEConfig(FeedForwardConfig):
     top_k: Size = 2
     renormalize: bool = True
     num_shared_experts: Count = 0
+    shared_intermediate_size: Size | None = None
+    shared_gate: bool = False
     activation: Activation = "silu"
+    gated: bool = True
+    swiglu_limit: Positive | None = None
+    swiglu_alpha: Positive | None = None
+    bias: bool = False
     router: RouterConfig = RouterConfig()
 
     def resolve(self, model: ZooConfig) -> MoEConfig:
         if self.top_k > self.num_experts:
             raise FieldError("top_k", f"must be at most num_experts ({self.num_experts}), got {self.top_k}")
-        return self
+        shared, alpha = self.shared_intermediate_size, self.swiglu_alpha
+        if self.num_shared_experts == 0:
+            for name in ("shared_intermediate_size", "shared_gate"):
+                if getattr(self, name):
+                    raise FieldError(name, "is of the shared experts, and there are none; give num_shared_experts")
+        elif shared is None:
+            shared = self.num_shared_experts * self.intermediate_size
+        if self.swiglu_limit is None:
+            if alpha is not None:
+                raise FieldError("swiglu_alpha", "belongs to the clamped SwiGLU; give swiglu_limit")
+        elif not self.gated or self.activation != "silu" or self.num_shared_experts:
+            raise FieldError("swiglu_limit", "needs gated experts with activation silu, and no shared experts")
+        elif alpha is None:
+            alpha = 1.702
+        try:
+            router = self.router.resolve(self.num_experts, self.top_k)
+        except FieldError as error:
+            raise error.within("router") from None
+        return replace(self, shared_intermediate_size=shared, swiglu_alpha=alpha, router=router)
+
+
+class Routing(NamedTuple):
+    """What a router says of its tokens.
+
+    probabilities  `[tokens, experts]`, a row sums to 1.
+    weights        `[tokens, top_k]`, of the chosen experts.
+    chosen         `[tokens, top_k]` int64.
+    logits         `[tokens, experts]`.
+    """
+
+    probabilities: Tensor
+    weights: Tensor
+    chosen: Tensor
+    logits: Tensor
+
+
+class Router(Float32Module):
+    """Chooses experts, in float32 whatever the dtype of the weights."""
+
+    correction_bias: Tensor | None
+    float32 = ("correction_bias",)  # it decides between probabilities that may differ little
+
+    def __init__(self, config: MoEConfig, model: ZooConfig) -> None:
+        super().__init__()
+        self.config, self.top_k, self.renormalize = config.router, config.top_k, config.renormalize
+        self.std = model.initializer_range
+        experts = config.num_experts
+        self.weight = nn.Parameter(torch.empty(experts, model.hidden_size))
+        self.bias = nn.Parameter(torch.empty(experts)) if self.config.bias else None
+        corrected = self.config.correction_bias
+        self.register_buffer("correction_bias", torch.empty(experts, dtype=torch.float32) if corrected else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.weight, std=self.std)
+        for bias in (self.bias, self.correction_bias):
+            if bias is not None:
+                init.zeros_(bias)
+
+    def forward(self, tokens: Tensor) -> Routing:
+        """`tokens` is `[tokens, hidden]`."""
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        with torch.autocast(tokens.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.to(wide)
+            logits = F.linear(tokens.to(wide), self.weight.to(wide), bias)
+        scores = logits.softmax(-1) if self.config.kind == "softmax" else logits.sigmoid()
+        if self.correction_bias is None and self.config.num_groups == 1:
+            weights, chosen = scores.topk(self.top_k, dim=-1)
+        else:
+            chosen = self._eligible(scores.detach()).topk(self.top_k, dim=-1).indices
+            weights = scores.gather(1, chosen)
+        if self.renormalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
+        if self.config.scale != 1:
+            weights = weights * self.config.scale
+        if self.config.kind == "sigmoid":
+            return Routing(scores / (scores.sum(-1, keepdim=True) + 1e-20), weights, chosen, logits)
+        return Routing(scores, weights, chosen, logits)
+
+    def _eligible(self, scores: Tensor) -> Tensor:
+        """What the choice is made by: corrected scores, -inf in the groups that are left out."""
+        if self.correction_bias is not None:
+            scores = scores + self.correction_bias
+        groups, kept = self.config.num_groups, self.config.top_k_groups
+        if groups == kept:
+            return scores
+        grouped = scores.unflatten(1, (groups, -1))
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(kept, dim=-1).indices
+        left_out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, False)
+        return grouped.masked_fill(left_out[..., None], -torch.inf).flatten(1)
 
 
 class Experts(nn.Module):
-    """Every expert's weights: `gate_up_proj` `[experts, 2 * intermediate, hidden]` (gate rows first) and `down_proj`
-    `[experts, hidden, intermediate]`."""
+    """Every expert's weights: `gate_up_proj` `[experts, 2 * intermediate, hidden]` (gate rows first; `up_proj`
+    `[experts, intermediate, hidden]` where they are not gated) and `down_proj` `[experts, hidden, intermediate]`; with
+    biases, each as `..._bias` without the last dimension."""
 
     def __init__(self, config: MoEConfig, model: ZooConfig) -> None:
         super().__init__()
         experts, inner, hidden = config.num_experts, config.intermediate_size, model.hidden_size
         self.std_in = model.initializer_range
         self.std_out = out_projection_std(model)
-        self.activation = config.activation
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
-        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+        self.config = config
+        self.up = "gate_up_proj" if config.gated else "up_proj"
+        widths = {self.up: (2 * inner if config.gated else inner, hidden), "down_proj": (hidden, inner)}
+        for name, shape in widths.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(experts, *shape)))
+        for name, (rows, _) in widths.items():
+            bias = nn.Parameter(torch.empty(experts, rows)) if config.bias else None
+            self.register_parameter(f"{name}_bias", bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        init.normal_(self.gate_up_proj, std=self.std_in)
-        init.normal_(self.down_proj, std=self.std_out)
+        init.normal_(self.get_parameter(self.up), std=self.std_in)
+        init.normal_(self.get_parameter("down_proj"), std=self.std_out)
+        if self.config.bias:
+            for name in (self.up, "down_proj"):
+                init.zeros_(self.get_parameter(f"{name}_bias"))
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """`x` `[rows, hidden]` sorted by expert, in the dtype to compute in; `ends` int32 `[experts]`, where each
         expert's rows end."""
-        gate_up = grouped_mm(x, self.gate_up_proj.to(x.dtype), ends)
-        return grouped_mm(gated(self.activation, gate_up), self.down_proj.to(x.dtype), ends)
+
+        def project(x: Tensor, name: str) -> Tensor:
+            y = grouped_mm(x, getattr(self, name).to(x.dtype), ends)
+            bias = getattr(self, f"{name}_bias")
+            if bias is None:
+                return y
+            counts = ends.diff(prepend=ends.new_zeros(1))
+            return y + bias.to(x.dtype).repeat_interleave(counts, dim=0, output_size=x.shape[0])
+
+        return project(self._activate(project(x, self.up)), "down_proj")
 
     def one(self, token: Tensor, expert: int) -> Tensor:
         """One expert for one token: `[hidden]` to `[hidden]`."""
-        gate_up = linear(token, self.gate_up_proj[expert])
-        return linear(gated(self.activation, gate_up), self.down_proj[expert])
+
+        def project(x: Tensor, name: str) -> Tensor:
+            bias = getattr(self, f"{name}_bias")
+            return linear(x, getattr(self, name)[expert], None if bias is None else bias[expert])
+
+        return project(self._activate(project(token, self.up)), "down_proj")
+
+    def _activate(self, x: Tensor) -> Tensor:
+        config = self.config
+        if not config.gated:
+            return ACTIVATIONS[config.activation](x)
+        if config.swiglu_limit is None:
+            return gated(config.activation, x)
+        assert config.swiglu_alpha is not None, "resolve() fills it in"
+        gate, up = x.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=config.swiglu_limit), up.clamp(-config.swiglu_limit, config.swiglu_limit)
+        return gate * (config.swiglu_alpha * gate).sigmoid() * (up + 1)
 
 
 class Assignment(NamedTuple):
@@ -196,12 +361,18 @@ class MoE(FeedForward):
     def __init__(self, config: MoEConfig, model: ZooConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
-        self.router = in_projection(model, model.hidden_size, config.num_experts)
+        self.router = Router(config, model)
         self.experts = Experts(config, model)
-        shared = MLPConfig(
-            intermediate_size=max(1, config.num_shared_experts) * config.intermediate_size, activation=config.activation
-        )
-        self.shared = MLP(shared, model, layer_idx) if config.num_shared_experts else None
+        self.shared: MLP | None = None
+        if config.shared_intermediate_size is not None:
+            shared = MLPConfig(
+                intermediate_size=config.shared_intermediate_size,
+                activation=config.activation,
+                gated=config.gated,
+                bias=config.bias,
+            )
+            self.shared = MLP(shared, model, layer_idx)
+        self.shared_gate = in_projection(model, model.hidden_size, 1) if config.shared_gate else None
 
     def forward(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, RouterStatistics | None]:
         packed, _ = context.pack(x)  # padding is neither routed nor counted
@@ -209,51 +380,48 @@ class MoE(FeedForward):
         few = x.shape[1] == 1 and len(tokens) * self.config.top_k <= FEW_COPIES
         if few and x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return context.unpack(self._decode(tokens, context).view(packed.shape)), None
-        probabilities, weights, chosen, logits = self._route(tokens)
+        routing = self.router(tokens)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         jit = device == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-        rows, places, ends = assign(chosen, self.config.num_experts, round_up=jit)
+        rows, places, ends = assign(routing.chosen, self.config.num_experts, round_up=jit)
         out = self.experts(_Spread.apply(tokens.to(dtype), rows, places), ends)
-        y = _Combine.apply(out, weights, rows, places)
+        y = _Combine.apply(out, routing.weights, rows, places)
         if self.shared is not None:
-            y = y + self.shared(tokens, context)[0]
+            y = y + self._shared(tokens, context)
         statistics = RouterStatistics(
-            tokens=logits.new_full((), tokens.shape[0]),
-            assignments=F.one_hot(chosen, self.config.num_experts).sum((0, 1)).to(logits.dtype),
-            probabilities=probabilities.sum(0),
-            squared_log_z=logits.logsumexp(-1).square().sum(),
+            tokens=routing.logits.new_full((), tokens.shape[0]),
+            assignments=F.one_hot(routing.chosen, self.config.num_experts).sum((0, 1)).to(routing.logits.dtype),
+            probabilities=routing.probabilities.sum(0),
+            squared_log_z=routing.logits.logsumexp(-1).square().sum(),
         )
         return context.unpack(y.view(packed.shape)), statistics
+
+    def _shared(self, tokens: Tensor, context: SequenceContext) -> Tensor:
+        assert self.shared is not None
+        y = self.shared(tokens, context)[0]
+        return y if self.shared_gate is None else y * self.shared_gate(tokens).sigmoid()
 
     def _decode(self, tokens: Tensor, context: SequenceContext) -> Tensor:
         """The same for the next token of a few rows, without statistics: sorting and grouping would take longer than
         multiplying does."""
-        _, weights, chosen, _ = self._route(tokens)
-        y = torch.zeros_like(tokens) if self.shared is None else self.shared(tokens, context)[0]
+        _, weights, chosen, _ = self.router(tokens)
+        y = torch.zeros_like(tokens) if self.shared is None else self._shared(tokens, context)
         rows = zip(y.unbind(), tokens.unbind(), weights.to(y.dtype).unbind(), chosen.tolist(), strict=True)
         for total, token, row_weights, experts in rows:
             for weight, expert in zip(row_weights.unbind(), experts, strict=True):
                 total.addcmul_(self.experts.one(token, expert), weight)
         return y
 
-    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Probabilities `[tokens, experts]`, weights and indices `[tokens, top_k]` of those chosen, and the logits."""
-        wide = torch.promote_types(tokens.dtype, torch.float32)
-        with torch.autocast(tokens.device.type, enabled=False):
-            logits = F.linear(tokens.to(wide), self.router.weight.to(wide))
-        probabilities = logits.softmax(-1)
-        weights, chosen = probabilities.topk(self.config.top_k, dim=-1)
-        if self.config.renormalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return probabilities, weights, chosen, logits
-
     def num_active_params(self) -> int:
         idle = self.config.num_experts - self.config.top_k
-        per_expert = (self.experts.gate_up_proj.numel() + self.experts.down_proj.numel()) // self.config.num_experts
+        per_expert = sum(parameter[0].numel() for parameter in self.experts.parameters())
         return self.num_params() - idle * per_expert
 
     def flops(self, batch: int, length: int) -> int:
-        per_token = self.num_active_params() - (self.shared.num_params() if self.shared is not None else 0)
+        per_expert = sum(parameter[0].numel() for parameter in self.experts.parameters() if parameter.dim() == 3)
+        weights = self.router.weight.numel() + self.config.top_k * per_expert
+        if self.shared_gate is not None:
+            weights += self.shared_gate.weight.numel()
         shared = self.shared.flops(batch, length) if self.shared is not None else 0
-        return 2 * batch * length * per_token + shared
+        return 2 * batch * length * weights + shared
