@@ -70,7 +70,7 @@ def edited(path: str, value: object) -> dict:
 
 REMOVE = object()
 KNOWN = ", ".join(FIELDS)
-ATTENTION = "num_heads, num_kv_heads, head_dim, rope, window, num_sinks, qk_norm, bias, output_gate"
+ATTENTION = "num_heads, num_kv_heads, head_dim, rope, window, num_sinks, qk_norm, bias, output_gate, output_bias, scale, softcap"
 
 # id, path, value, message
 FIELD_MISTAKES = [
@@ -151,10 +151,10 @@ FIELD_MISTAKES = [
     ("kind-ffn", "blocks.ssd.ffn.kind", "swiglu", "blocks.ssd.ffn.kind: unknown ffn 'swiglu'; known: mlp, moe, none"),
     ("kind-defaults", "defaults.ffn.kind", "moe2", "defaults.ffn.kind: unknown ffn 'moe2'; did you mean 'moe'?"),
     ("kind-residual", "residual.kind", "normalised", "residual.kind: unknown residual 'normalised'; did you mean 'normalized'?"),
-    ("kind-residual-map", "residual.kind", {}, "residual.kind: unknown residual {}; known: pre, post, sandwich, normalized, parallel"),
+    ("kind-residual-map", "residual.kind", {}, "residual.kind: unknown residual {}; known: pre, post, reordered, sandwich, normalized, parallel"),
     ("kind-norm", "norm.kind", "rmsnorm", "norm.kind: must be one of rms, layer, got 'rmsnorm'; did you mean 'rms'?"),
     ("kind-rope", "blocks.softmax.mixer.rope.type", "yarm", "blocks.softmax.mixer.rope.type: must be one of default, linear, yarn, llama3, got 'yarm'; did you mean 'yarn'?"),
-    ("kind-activation", "blocks.ssd.ffn.activation", "swish", "blocks.ssd.ffn.activation: must be one of silu, gelu, relu2, got 'swish'"),
+    ("kind-activation", "blocks.ssd.ffn.activation", "swish", "blocks.ssd.ffn.activation: must be one of silu, gelu, gelu_tanh, relu2, got 'swish'"),
     ("kind-slopes", "blocks.lightning.mixer.slopes", 2, "blocks.lightning.mixer.slopes: must be one of alibi, geometric, got 2"),
     ("kind-model-type", "model_type", "llama", "model_type: must be 'zoo', got 'llama'"),
     # missing

@@ -2,12 +2,26 @@
 
 import pytest
 import torch
-from transformers import JambaConfig, LlamaConfig, MistralConfig, PhiConfig, Qwen3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    JambaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2RotaryEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3RotaryEmbedding
 from transformers.models.jamba.modeling_jamba import JambaAttention
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralRotaryEmbedding
+from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention, Olmo2RotaryEmbedding
 from transformers.models.phi.modeling_phi import PhiAttention, PhiRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
 from tests.blocks.helpers import (
@@ -89,6 +103,63 @@ def test_qk_norm_equals_qwen3():
     weights = PROJECTIONS | {"q_norm.weight": "q_norm.weight", "k_norm.weight": "k_norm.weight"}
     x = random_input(2, LENGTH, 20)
     assert_parity(ours, run_mixer(ours), theirs, run_theirs(theirs, config, Qwen3RotaryEmbedding), weights, x)
+
+
+def test_qk_norm_of_the_projection_equals_olmo2():
+    config = Olmo2Config(hidden_size=24, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-2)
+    theirs = Olmo2Attention(config, 0)
+    ours = attention(24, num_heads=4, num_kv_heads=2, qk_norm="projection", norm={"eps": 1e-2})
+    weights = PROJECTIONS | {"q_norm.weight": "q_norm.weight", "k_norm.weight": "k_norm.weight"}
+    run = run_theirs(theirs, config, Olmo2RotaryEmbedding)
+    assert_parity(ours, run_mixer(ours), theirs, run, weights, random_input(2, LENGTH, 24))
+
+
+def test_qk_norm_is_zero_centered_as_the_models_norm():
+    """As in Gemma 3."""
+    config = Gemma3TextConfig(
+        hidden_size=20, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rms_norm_eps=1e-2,
+        query_pre_attn_scalar=7, num_hidden_layers=1, layer_types=["full_attention"],
+    )  # fmt: skip
+    theirs = perturb(Gemma3Attention(config, 0))
+    ours = attention(20, num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=True, scale=7**-0.5, rope={"theta": 1e6},
+                     norm={"eps": 1e-2, "zero_centered": True})  # fmt: skip
+    ours.load_state_dict(theirs.state_dict())
+    x, positions = random_input(2, LENGTH, 20), torch.arange(LENGTH)[None]
+    config._attn_implementation = "eager"
+    rotation = Gemma3RotaryEmbedding(config)(x, positions, "full_attention")
+    expected = theirs(x, rotation, create_causal_mask(config, x, None, None, positions))[0]
+    assert_close(run_mixer(ours)(x), expected)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+@pytest.mark.parametrize("window", [None, 4])
+def test_scale_and_softcap_equal_gemma2(window, softcap):
+    """Their softmax is float32 whatever the dtype."""
+    config = Gemma2Config(
+        hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=10, query_pre_attn_scalar=3,
+        attn_logit_softcapping=softcap, sliding_window=window, layer_types=["sliding_attention"],
+        num_hidden_layers=1,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    theirs = perturb(Gemma2Attention(config, 0))
+    ours = attention(24, num_heads=4, num_kv_heads=2, head_dim=10, scale=3**-0.5, softcap=softcap, window=window)
+
+    def run(x):
+        positions = torch.arange(x.shape[1])[None]
+        make = create_causal_mask if window is None else create_sliding_window_causal_mask
+        rotation = Gemma2RotaryEmbedding(config)(x, positions)
+        return theirs(x, rotation, make(config, x, None, None, positions))[0]
+
+    assert_parity(ours, run_mixer(ours), theirs, run, PROJECTIONS, random_input(2, LENGTH, 24))
+
+
+def test_biases_of_queries_keys_and_values_alone_equal_qwen2():
+    config = Qwen2Config(hidden_size=24, num_attention_heads=4, num_key_value_heads=2)
+    theirs = Qwen2Attention(config, 0)
+    ours = attention(24, num_heads=4, num_kv_heads=2, bias=True, output_bias=False)
+    weights = PROJECTIONS | {our: their for our, their in BIASES.items() if "o_proj" not in our}
+    run = run_theirs(theirs, config, Qwen2RotaryEmbedding)
+    assert_parity(ours, run_mixer(ours), theirs, run, weights, random_input(2, LENGTH, 24))
 
 
 @pytest.mark.parametrize("factor", [0.25, 0.5])

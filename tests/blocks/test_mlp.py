@@ -1,5 +1,7 @@
 """The dense feed-forward against LlamaMLP and the formulas."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from tests.blocks.helpers import assert_close, assert_parity, build_part, model_config, perturb, random_input, run_ffn
 
 WEIGHTS = {f"{name}_proj.weight": f"{name}_proj.weight" for name in ("gate", "up", "down")}
-ACTIVATIONS = {"silu": lambda x: x * torch.sigmoid(x), "gelu": F.gelu, "relu2": lambda x: x.clamp(min=0) ** 2}
+ACTIVATIONS = {
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "relu2": lambda x: x.clamp(min=0) ** 2,
+}
 
 
 def mlp(**fields):

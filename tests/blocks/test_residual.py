@@ -23,6 +23,7 @@ def formula(kind, x, part, norm, second_norm, alpha, beta, scale):
     return {
         "pre": lambda: x + scale * part(norm(x)),
         "post": lambda: norm(x + part(x)),
+        "reordered": lambda: x + norm(part(x)),
         "sandwich": lambda: x + second_norm(part(norm(x))),
         "normalized": lambda: alpha * norm(x) + beta * part(norm(x)),
     }[kind]()
@@ -35,6 +36,7 @@ def formula(kind, x, part, norm, second_norm, alpha, beta, scale):
         {"kind": "pre"},
         {"kind": "pre", "mixer_scale": 0.3, "ffn_scale": -1.2},
         {"kind": "post"},
+        {"kind": "reordered"},
         {"kind": "sandwich"},
         {"kind": "normalized"},
         {"kind": "normalized", "mixer_alpha": 1.3, "mixer_beta": 0.7, "ffn_alpha": 0.4, "ffn_beta": 1.9},
@@ -68,7 +70,7 @@ def test_parallel_reads_one_stream():
     assert_close(module(x, context)[0], x + mixed + module.ffn(module.ffn_norm(x), context)[0])
 
 
-@pytest.mark.parametrize("kind", ["pre", "post", "sandwich", "normalized", "parallel"])
+@pytest.mark.parametrize("kind", ["pre", "post", "reordered", "sandwich", "normalized", "parallel"])
 def test_norms_are_there_where_they_are_used(kind):
     module = layer({"kind": kind}, ffn={"kind": "none"})
     assert module.ffn is module.ffn_norm is module.ffn_second_norm is None

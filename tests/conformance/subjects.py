@@ -13,6 +13,7 @@ VOCAB_SIZE, HIDDEN_SIZE = 61, 32
 
 MLP = {"kind": "mlp", "intermediate_size": 24}
 GELU = {"kind": "mlp", "intermediate_size": 24, "activation": "gelu", "gated": False, "bias": True}
+GEGLU = {"kind": "mlp", "intermediate_size": 24, "activation": "gelu_tanh"}
 RELU2 = {"kind": "mlp", "intermediate_size": 24, "activation": "relu2", "gated": False}
 MOE = {"kind": "moe", "intermediate_size": 16, "num_experts": 4, "top_k": 2, "renormalize": True}
 JAMBA_MOE = {**MOE, "renormalize": False}
@@ -33,6 +34,9 @@ GQA = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "r
 FULL_GQA = {**GQA, "qk_norm": True, "bias": True, "output_gate": True}
 WINDOW = {"kind": "attention", "num_heads": 2, "num_kv_heads": 1, "window": 5}
 SINKS = {**WINDOW, "num_kv_heads": 2, "num_sinks": 2}
+GEMMA = {**WINDOW, "scale": 0.4, "softcap": 1.5}
+OLMO2 = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "qk_norm": "projection"}
+QWEN2 = {"kind": "attention", "num_heads": 2, "bias": True, "output_bias": False}
 NO_ROPE = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "rope": None}
 LIGHTNING = {"kind": "lightning", "num_heads": 4}
 MAMBA = {"kind": "mamba", "state_size": 4}
@@ -67,6 +71,9 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "attention-gqa": _alone(FULL_GQA, MOE),
     "attention-window": _alone(WINDOW, GELU),
     "attention-sinks": _alone(SINKS, MLP),
+    "attention-softcap": _alone(GEMMA, GEGLU),
+    "attention-qk-norm-projection": _alone(OLMO2, MLP),
+    "attention-output-bias": _alone(QWEN2, MLP),
     "attention-no-rope": _alone(NO_ROPE, JAMBA_MOE),
     "lightning": _alone(LIGHTNING, SHARED_MOE),
     "mamba": _alone(MAMBA, RELU2),
@@ -96,6 +103,7 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     ),
     "all-normalized": _stack(ALL_PATTERN, ALL_KINDS, residual={"kind": "normalized"}),
     "all-post": _stack(ALL_PATTERN, ALL_KINDS, residual={"kind": "post"}),
+    "all-reordered": _stack(ALL_PATTERN, ALL_KINDS, residual={"kind": "reordered"}),
     "all-sandwich": _stack(ALL_PATTERN, ALL_KINDS, residual={"kind": "sandwich"}, norm={"zero_centered": True}),
     "all-parallel": _stack(ALL_PATTERN, ALL_KINDS, residual={"kind": "parallel"}),
 }

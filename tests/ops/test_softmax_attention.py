@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.helpers import relative_error
@@ -22,6 +24,8 @@ LIMITS: list[dict[str, Any]] = [
     {"window": 1},
     {"window": 7},
     {"window": 7, "num_sinks": 3},
+    {"softcap": 0.7, "scale": 1.3},
+    {"window": 7, "num_sinks": 3, "softcap": 2.0},
     {"window": 100, "num_sinks": 4},
     {"window": 1000, "num_sinks": 2},
 ]
@@ -75,7 +79,7 @@ def test_fewer_queries_than_keys(length: int, key_length: int, limits: dict[str,
 
 @pytest.mark.parametrize("dims", [(8, 8), (8, 3), (3, 8)])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
-@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 9}, {"scale": 2.0}])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 9}, {"scale": 2.0}, {"softcap": 1.5}])
 @pytest.mark.parametrize("length", [1, 30, 70])
 def test_without_lse(length: int, options: dict[str, Any], heads: tuple[int, int], dims: tuple[int, int]) -> None:
     check(make(2, length, 70, heads, dims), return_lse=False, **options)
@@ -137,7 +141,7 @@ def test_padded_rows_equal_each_row_alone(kind: str, limits: dict[str, Any], bac
         assert grad.isfinite().all() and (grad[~mask] == 0).all() and grad[0, mask[0]].any()
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 50, "num_sinks": 4}])
+@pytest.mark.parametrize("options", [{}, {"window": 50, "num_sinks": 4}, {"softcap": 1.5}])
 def test_float32(options: dict[str, Any]) -> None:
     check(make(2, 130, 130, dims=(16, 16)), torch.float32, **options)
     check(make(2, 130, 130, dims=(16, 16)), torch.float32, return_lse=False, **options)
@@ -168,12 +172,28 @@ def test_equals_torch_with_an_explicit_mask() -> None:
         assert relative_error(out, expected.transpose(1, 2)) < 1e-13
 
 
-def test_gradcheck_of_the_reference() -> None:
+def test_softcap_equals_flex_attention() -> None:
+    q, k, v = make(2, 40, 40, heads=(2, 2), dims=(8, 8))
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return torch.where(j <= i, 0.8 * torch.tanh(score / 0.8), -torch.inf)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is not compiled
+        expected = flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), score_mod=capped, scale=1.7).transpose(1, 2)
+    for backend in ("reference", "torch"):
+        with dispatch.backend(backend):
+            out = softmax_attention(q, k, v, scale=1.7, softcap=0.8)
+        assert relative_error(out, expected) < 1e-13
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_gradcheck_of_the_reference(softcap: float | None) -> None:
     leaves = [x.requires_grad_() for x in make(1, 5, 5, heads=(2, 1), dims=(2, 2))]
     cu_seqlens = torch.tensor([0, 1, 1, 5], dtype=torch.int32)
 
     def function(*x: Tensor) -> tuple[Tensor, Tensor]:
-        return softmax_attention(*x, window=2, num_sinks=1, cu_seqlens=cu_seqlens, return_lse=True)
+        return softmax_attention(*x, window=2, num_sinks=1, softcap=softcap, cu_seqlens=cu_seqlens, return_lse=True)
 
     with dispatch.backend("reference"):
         assert torch.autograd.gradcheck(function, leaves)
@@ -188,7 +208,15 @@ def test_flops_of_the_reference() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"window": 20, "num_sinks": 2}, {"return_lse": True}, {"key_mask": True}, {"cu_seqlens": True}]
+    "options",
+    [
+        {},
+        {"window": 20, "num_sinks": 2},
+        {"softcap": 1.0},
+        {"return_lse": True},
+        {"key_mask": True},
+        {"cu_seqlens": True},
+    ],
 )
 @pytest.mark.parametrize("dims", [(8, 8), (8, 4)])
 def test_saved_memory_is_linear_in_the_length(options: dict[str, Any], dims: tuple[int, int]) -> None:
@@ -215,7 +243,15 @@ def test_saved_memory_is_linear_in_the_length(options: dict[str, Any], dims: tup
 
 @pytest.mark.parametrize(
     ("length", "options"),
-    [(40, {}), (40, {"causal": False}), (40, {"window": 9, "num_sinks": 2}), (10, {"window": 9}), (10, {}), (1, {})],
+    [
+        (40, {}),
+        (40, {"causal": False}),
+        (40, {"window": 9, "num_sinks": 2}),
+        (10, {"window": 9}),
+        (10, {}),
+        (1, {}),
+        (40, {"softcap": 0.5}),
+    ],
 )
 @pytest.mark.parametrize("return_lse", [True, False])
 def test_compiles_without_graph_breaks(length: int, options: dict[str, Any], return_lse: bool) -> None:
@@ -237,7 +273,7 @@ def test_operator_contracts() -> None:
     """Fake shapes, aliasing and the autograd registration, as torch.library checks them."""
     tensors = [x.requires_grad_() for x in make(2, 40, 50)]
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (*tensors, 0.3, True, 9, 2, None, padding("interior", 50)[:2], True)
+    arguments = (*tensors, 0.3, 0.8, True, 9, 2, None, padding("interior", 50)[:2], True)
     torch.library.opcheck(chunked._forward, arguments, test_utils=utils)
 
 
@@ -253,6 +289,7 @@ def test_operator_contracts() -> None:
         ({"window": 0}, "window must be"),
         ({"window": 3, "causal": False}, "needs causal"),
         ({"num_sinks": -1}, "num_sinks must be"),
+        ({"softcap": 0.0}, "softcap must be positive"),
         ({"key_mask": torch.ones(2, 10)}, "key_mask must be bool"),
         ({"key_mask": torch.ones(2, 9, dtype=torch.bool)}, "key_mask must be bool"),
         ({"cu_seqlens": torch.tensor([0, 10], dtype=torch.int32)}, "batch of 1"),

@@ -1,8 +1,12 @@
 """Softmax attention: multi-head (Vaswani et al. 2017, arXiv:1706.03762, section 3.2), grouped-query (Ainslie et al.
 2023, arXiv:2305.13245), windowed, with attention sinks (Xiao et al. 2023, arXiv:2309.17453).
 
-    o_t = sum_j softmax_j(q_t . k_j / sqrt(D)) v_j     over the visible j <= t
-    y = W_o (o)                                        with output_gate: W_o (sigmoid(W_g x) * o)
+    o_t = sum_j softmax_j(s * q_t . k_j) v_j     over the visible j <= t; s is 1/sqrt(D) unless `scale` is given
+    y = W_o (o)                                  with output_gate: W_o (sigmoid(W_g x) * o)
+
+With softcap c the logits are c tanh(s q_t . k_j / c) (Gemma 2, arXiv:2408.00118, section 2). With qk_norm q and k are
+normalised before the rotation, each head by itself (Qwen3, arXiv:2505.09388) or all of them as one vector (OLMo 2,
+arXiv:2501.00656).
 
 B batch, T length, H query heads, K key/value heads, D head_dim. Each of the K heads serves H/K consecutive query heads.
 """
@@ -10,7 +14,7 @@ B batch, T length, H query heads, K key/value heads, D head_dim. Each of the K h
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +26,7 @@ from zoo.blocks.linear import in_projection, out_projection
 from zoo.blocks.norm import Norm, NormConfig
 from zoo.blocks.rope import RopeConfig, RotaryEmbedding
 from zoo.blocks.state import KeyValueState, State
-from zoo.schema import Count, FieldError, Size
+from zoo.schema import Count, FieldError, Positive, Size
 
 if TYPE_CHECKING:
     from zoo.config import ZooConfig
@@ -38,9 +42,13 @@ class AttentionConfig(MixerConfig):
     rope          rotary positions; null for no positions at all.
     window        how many keys a query sees, its own included; default all.
     num_sinks     how many of the first keys stay visible beyond the window.
-    qk_norm       RMS-normalise each query and key head (before the rotation).
+    qk_norm       RMS-normalise queries and keys before the rotation: true is each head, projection is all heads of a
+                  token as one vector; eps and zero_centered are those of the model's norm.
     bias          biases on all projections.
     output_gate   multiply the output by sigmoid(W_g x) before the last projection.
+    output_bias   a bias on the last projection; default as bias.
+    scale         of the logits; default head_dim^-0.5.
+    softcap       bounds the logits smoothly to this size; default not at all.
     """
 
     num_heads: Size
@@ -49,9 +57,12 @@ class AttentionConfig(MixerConfig):
     rope: RopeConfig | None = field(default_factory=RopeConfig)
     window: Size | None = None
     num_sinks: Count = 0
-    qk_norm: bool = False
+    qk_norm: bool | Literal["projection"] = False
     bias: bool = False
     output_gate: bool = False
+    output_bias: bool | None = None
+    scale: Positive | None = None
+    softcap: Positive | None = None
 
     def resolve(self, model: ZooConfig) -> Self:
         head_dim = resolve_head_dim(self.head_dim, self.num_heads, model.hidden_size)
@@ -66,7 +77,14 @@ class AttentionConfig(MixerConfig):
                 rope = rope.resolve(head_dim)
             except FieldError as error:
                 raise error.within("rope") from None
-        return replace(self, head_dim=head_dim, num_kv_heads=num_kv_heads, rope=rope)
+        return replace(
+            self,
+            head_dim=head_dim,
+            num_kv_heads=num_kv_heads,
+            rope=rope,
+            output_bias=self.bias if self.output_bias is None else self.output_bias,
+            scale=head_dim**-0.5 if self.scale is None else self.scale,
+        )
 
 
 def resolve_head_dim(head_dim: int | None, num_heads: int, hidden_size: int) -> int:
@@ -84,6 +102,7 @@ class Attention(Mixer):
     def __init__(self, config: AttentionConfig, model: ZooConfig, layer_idx: int) -> None:
         super().__init__()
         assert config.head_dim is not None and config.num_kv_heads is not None, "resolve() fills them in"
+        assert config.output_bias is not None, "resolve() fills it in"
         self.config = config
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         hidden, inner, inner_kv = model.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -91,18 +110,17 @@ class Attention(Mixer):
         self.k_proj = in_projection(model, hidden, inner_kv, config.bias)
         self.v_proj = in_projection(model, hidden, inner_kv, config.bias)
         self.gate_proj = in_projection(model, hidden, inner, config.bias) if config.output_gate else None
-        self.o_proj = out_projection(model, inner, config.bias)
-        norm = NormConfig(eps=model.norm_config.eps)
-        self.q_norm = Norm(self.head_dim, norm) if config.qk_norm else None
-        self.k_norm = Norm(self.head_dim, norm) if config.qk_norm else None
+        self.o_proj = out_projection(model, inner, config.output_bias)
+        norm = NormConfig(eps=model.norm_config.eps, zero_centered=model.norm_config.zero_centered)
+        whole = config.qk_norm == "projection"
+        self.q_norm = Norm(inner if whole else self.head_dim, norm) if config.qk_norm else None
+        self.k_norm = Norm(inner_kv if whole else self.head_dim, norm) if config.qk_norm else None
         self.rotary = RotaryEmbedding(config.rope) if config.rope is not None else None
 
     def forward(self, x: Tensor, context: SequenceContext, state: State | None = None) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q = self._heads(self.q_proj(x), self.q_norm)
+        k = self._heads(self.k_proj(x), self.k_norm)
+        v = self._heads(self.v_proj(x))
         if self.rotary is not None:
             q, k = self.rotary(q, k, context.position_ids, context.rotations)
         key_mask = context.padding_mask
@@ -120,12 +138,21 @@ class Attention(Mixer):
             v,
             window=self.config.window,
             num_sinks=self.config.num_sinks,
+            scale=self.config.scale,
+            softcap=self.config.softcap,
             cu_seqlens=context.cu_seqlens,
             key_mask=key_mask,
         ).flatten(-2)
         if self.gate_proj is not None:
             out = out * self.gate_proj(x).sigmoid()
         return self.o_proj(out)
+
+    def _heads(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        """`x` `[batch, length, heads * D]` as `[batch, length, heads, D]`, normalised."""
+        if norm is not None and self.config.qk_norm == "projection":
+            x, norm = norm(x), None
+        x = x.unflatten(-1, (-1, self.head_dim))
+        return x if norm is None else norm(x)
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         empty = torch.empty(batch_size, 0, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)

@@ -6,6 +6,7 @@ plain   W_down act(W_up x)                      GELU; relu2 is relu(x)^2 (So et 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,10 +24,11 @@ from zoo.schema import Size
 if TYPE_CHECKING:
     from zoo.config import ZooConfig
 
-Activation = Literal["silu", "gelu", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "relu2": lambda x: F.relu(x).square(),
 }
 
@@ -66,7 +68,7 @@ class MLPConfig(FeedForwardConfig):
     """A dense feed-forward.
 
     intermediate_size  its width.
-    activation         silu, gelu or relu2.
+    activation         silu, gelu, gelu_tanh (its approximation by a tanh, as in GPT-2 and Gemma) or relu2.
     gated              multiply by a second projection (SwiGLU, GEGLU).
     bias               biases on all projections.
     """

@@ -2,6 +2,7 @@
 
 pre         x + scale*f(norm(x))                   Xiong et al. 2020, arXiv:2002.04745
 post        norm(x + f(x))                         Vaswani et al. 2017, arXiv:1706.03762, section 3.1
+reordered   x + norm(f(x))                         OLMo 2, arXiv:2501.00656, section 2.1
 sandwich    x + norm2(f(norm(x)))                  Ding et al. 2021, arXiv:2105.13290, section 2.4
 normalized  h = norm(x); alpha*h + beta*f(h)       MiniMax-01, arXiv:2501.08313, section 2.2.2 (released model)
 parallel    x + mixer(norm(x)) + ffn(norm'(x))     Wang and Komatsuzaki 2021 (GPT-J); here with a norm each
@@ -81,6 +82,14 @@ class Post(Residual):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reordered(Residual):
+    """x + norm(f(x)): the sublayer reads the stream as it is, and what it adds is normalised."""
+
+    def add(self, x: Tensor, sublayer: Sublayer) -> Tensor:
+        return x + sublayer.norm(sublayer.f(x))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sandwich(Residual):
     """x + norm2(f(norm(x)))."""
 
@@ -133,6 +142,7 @@ class Parallel(Residual):
 RESIDUALS: dict[str, type[Residual]] = {
     "pre": Pre,
     "post": Post,
+    "reordered": Reordered,
     "sandwich": Sandwich,
     "normalized": Normalized,
     "parallel": Parallel,

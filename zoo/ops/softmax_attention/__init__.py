@@ -21,15 +21,17 @@ def softmax_attention(
     window: int | None = None,
     num_sinks: int = 0,
     scale: float | None = None,
+    softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     key_mask: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Scaled dot-product attention (Vaswani et al., arXiv:1706.03762, section 3.2.1).
 
-        out_i = sum_j exp(scale q_i k_j - lse_i) v_j,    lse_i = log sum_j exp(scale q_i k_j)
+        out_i = sum_j exp(s_ij - lse_i) v_j,    lse_i = log sum_j exp(s_ij),    s_ij = scale q_i k_j
 
-    over the keys j that query i may see. Query i stands where key `key_length - length + i` stands (its own key), so
+    over the keys j that query i may see; with `softcap` c, s_ij = c tanh(scale q_i k_j / c) (Gemma 2, arXiv:2408.00118,
+    section 2). Query i stands where key `key_length - length + i` stands (its own key), so
     with fewer queries than keys the last ones align. A query that may see nothing gives 0 and an lse of -inf.
     Gradients reach q, k and v, also through lse.
 
@@ -42,11 +44,12 @@ def softmax_attention(
         window: how many keys a query sees, its own included; None is no limit. Needs `causal`.
         num_sinks: the first keys of each document stay visible beyond the window (StreamingLLM, arXiv:2309.17453).
         scale: of the logits; None is head_dim^-0.5.
+        softcap: the logits stay between -softcap and softcap; None does not bound them.
         cu_seqlens: int32 `[n+1]`, the boundaries of n documents packed into one row (batch 1, key_length == length);
             a query sees its own document only. A document may be empty.
         key_mask: bool `[batch, key_length]`, True where a key is real, for padded batches. Positions (for causal,
             window and sinks) are then counted among the row's real keys. A query whose own key is masked sees nothing.
-        return_lse: also return the log-sum-exp of the scaled logits (natural logarithm).
+        return_lse: also return the log-sum-exp of the logits s (natural logarithm).
 
     Returns:
         out `[batch, length, heads, v_head_dim]` in q's dtype, or `(out, lse)` with lse `[batch, length, heads]` in
@@ -72,6 +75,8 @@ def softmax_attention(
         raise ValueError(f"window must be at least 1 and needs causal=True, got window {window}, causal={causal}")
     if num_sinks < 0:
         raise ValueError(f"num_sinks must be 0 or more, got {num_sinks}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
     if cu_seqlens is not None:
         if key_mask is not None:
             raise ValueError(
@@ -95,6 +100,7 @@ def softmax_attention(
         window=window,
         num_sinks=num_sinks,
         scale=scale,
+        softcap=softcap,
         cu_seqlens=cu_seqlens,
         key_mask=key_mask,
         return_lse=return_lse,

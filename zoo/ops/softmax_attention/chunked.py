@@ -5,6 +5,8 @@ arXiv:2205.14135, appendix B.4):
 
     P = softmax(S),   dV = P^T dO,   dS = P * (dO V^T - rowsum(P * dO V^T) + dlse),   dQ = dS K,   dK = dS^T Q
 
+With a soft cap c the logits are c tanh(S / c), and dS is multiplied by 1 - tanh(S / c)^2.
+
 In bfloat16 the logits are multiplied in float32 and the rest in bfloat16, as dO and V are rounded to bfloat16 already.
 On a GPU, and for a single query, torch's own kernels do what they can.
 
@@ -42,6 +44,7 @@ def softmax_attention(
     window: int | None,
     num_sinks: int,
     scale: float,
+    softcap: float | None,
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
     return_lse: bool,
@@ -51,7 +54,7 @@ def softmax_attention(
     if window is not None and window + num_sinks >= key_length:
         window = None
     # With another head_dim for v, torch falls back to an implementation that stores all logits.
-    native = cu_seqlens is None and window is None and not return_lse and q.shape[3] == v.shape[3]
+    native = cu_seqlens is None and window is None and not return_lse and q.shape[3] == v.shape[3] and softcap is None
     dense = key_mask is None and (not causal or length == key_length)
     slower = q.device.type == "cpu" and (length > NATIVE_LENGTH or q.dtype == torch.bfloat16)
     if native and (length == 1 or (dense and not slower)):
@@ -69,7 +72,7 @@ def softmax_attention(
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     dtype = dtype if dtype == torch.bfloat16 else torch.promote_types(dtype, torch.float32)
     inputs = (x.to(dtype) for x in (q, k, v))
-    out, lse = _forward(*inputs, scale, causal, window, num_sinks, cu_seqlens, key_mask, return_lse)
+    out, lse = _forward(*inputs, scale, softcap, causal, window, num_sinks, cu_seqlens, key_mask, return_lse)
     return out.to(q.dtype), lse
 
 
@@ -82,6 +85,7 @@ def _forward(
     k: Tensor,
     v: Tensor,
     scale: float,
+    softcap: float | None,
     causal: bool,
     window: int | None,
     num_sinks: int,
@@ -90,7 +94,7 @@ def _forward(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)`; lse is empty unless `return_lse`."""
-    blocks = _Blocks(q, k, scale, causal, window, num_sinks, cu_seqlens, key_mask)
+    blocks = _Blocks(q, k, scale, softcap, causal, window, num_sinks, cu_seqlens, key_mask)
     v_rows = _rows(v)
     out = q.new_empty(*blocks.q.shape[:2], v.shape[3])
     lse = blocks.q.new_empty(blocks.q.shape[:2] if return_lse else 0)
@@ -111,6 +115,7 @@ def _backward(
     k: Tensor,
     v: Tensor,
     scale: float,
+    softcap: float | None,
     causal: bool,
     window: int | None,
     num_sinks: int,
@@ -118,7 +123,7 @@ def _backward(
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    blocks = _Blocks(q, k, scale, causal, window, num_sinks, cu_seqlens, key_mask)
+    blocks = _Blocks(q, k, scale, softcap, causal, window, num_sinks, cu_seqlens, key_mask)
     wide = blocks.q.dtype
     v_rows, q_rows, k_rows = _rows(v), blocks.q.to(q.dtype), blocks.k.to(k.dtype)
     grad_rows = _rows(q.new_zeros(*q.shape[:3], v.shape[3]) if grad_out is None else grad_out, k.shape[2])
@@ -129,9 +134,11 @@ def _backward(
         torch.zeros_like(x.mT, dtype=wide, memory_format=torch.contiguous_format) for x in (k_rows, v_rows)
     )
     buffer = _Buffer(q)
+    slopes = None if softcap is None else _Buffer(blocks.q)
     for block in blocks:
         grad_block = grad_rows[block.pairs, block.rows]
-        p = _softmax(blocks.logits(block), block)
+        logits = blocks.logits(block, slope=slopes)
+        p = _softmax(logits, block)
         _add(grad_v, block, grad_block, p.to(v.dtype))
         grad_p = bmm(grad_block, block.keys_of(v_rows).mT, out=buffer.of(*p.shape)).to(wide)
         grad_logits = torch._softmax_backward_data(grad_p, p, -1, wide, grad_input=grad_p)
@@ -140,6 +147,8 @@ def _backward(
             if block.empty:  # merging two empty rows gives a NaN gradient for their -inf
                 grad_lse_block = grad_lse_block.masked_fill(p.amax(-1, keepdim=True) == 0, 0)
             grad_logits.addcmul_(p, grad_lse_block)
+        if slopes is not None:
+            grad_logits.mul_(slopes.of(*p.shape))
         grad_logits = grad_logits.to(q.dtype)
         _add(grad_k, block, q_rows[block.pairs, block.rows], grad_logits)
         _set(grad_q[block.pairs, block.rows], grad_logits, block.keys_of(k_rows))
@@ -177,6 +186,7 @@ class _Blocks:
         q: Tensor,
         k: Tensor,
         scale: float,
+        softcap: float | None,
         causal: bool,
         window: int | None,
         num_sinks: int,
@@ -187,6 +197,7 @@ class _Blocks:
         batch, length, heads, _ = q.shape
         key_length, self.kv_heads = k.shape[1:3]
         self.shared = heads // self.kv_heads
+        self.softcap = softcap
         self.q, self.k = _rows(q.to(wide) * scale, self.kv_heads), _rows(k.to(wide))
         self.plain = causal and window is None and cu_seqlens is None and key_mask is None
         # Each row of a padded batch sees its own keys; otherwise all rows see alike.
@@ -215,10 +226,17 @@ class _Blocks:
                 for start in range(i * self.pairs, end, at_once):
                     yield _Block(slice(start, min(start + at_once, end)), rows, keys, hidden, self.empty)
 
-    def logits(self, block: _Block) -> Tensor:
-        """`[pairs, queries*G, keys]`, -inf where a key is hidden; valid until the next block's."""
+    def logits(self, block: _Block, slope: _Buffer | None = None) -> Tensor:
+        """`[pairs, queries*G, keys]`, -inf where a key is hidden; valid until the next block's. `slope` takes the soft
+        cap's derivative."""
         q, k = self.q[block.pairs, block.rows], block.keys_of(self.k)
         logits = bmm(q, k.mT, out=self.buffer.of(q.shape[0], q.shape[1], k.shape[1]))
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_()
+            if slope is not None:
+                square = torch.mul(logits, logits, out=slope.of(*logits.shape))
+                square.neg_().add_(1)
+            logits.mul_(self.softcap)
         if block.hidden is not None:
             queries, keys = block.hidden.shape
             logits.unflatten(1, (queries, self.shared))[..., logits.shape[-1] - keys :].add_(block.hidden[:, None])
@@ -352,6 +370,7 @@ def _(
     k: Tensor,
     v: Tensor,
     scale: float,
+    softcap: float | None,
     causal: bool,
     window: int | None,
     num_sinks: int,
@@ -371,6 +390,7 @@ def _(
     k: Tensor,
     v: Tensor,
     scale: float,
+    softcap: float | None,
     causal: bool,
     window: int | None,
     num_sinks: int,
@@ -391,7 +411,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, cu_seqlens, key_mask = ctx.saved_tensors
     grads = _backward(grad_out, grad_lse, q, k, v, *ctx.options, cu_seqlens, key_mask)
-    return *grads, None, None, None, None, None, None, None
+    return *grads, None, None, None, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -18,6 +18,7 @@ def softmax_attention(
     window: int | None,
     num_sinks: int,
     scale: float,
+    softcap: float | None,
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
     return_lse: bool,
@@ -42,6 +43,8 @@ def softmax_attention(
             if window is not None:
                 keys = [j for p, j in enumerate(keys) if position - p < window or p < num_sinks]
             logits = scale * grouped[row, query] @ k[row, keys].permute(1, 2, 0)
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
             outs.append(torch.softmax(logits, -1) @ v[row, keys].transpose(0, 1))
             lses.append(torch.logsumexp(logits, -1))
     out = torch.stack(outs).view(batch, length, heads, v.shape[3])
