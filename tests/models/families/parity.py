@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from tests.ops.helpers import relative_error
 from zoo import yaml
+from zoo.models.families import FAMILIES
+from zoo.models.families.convert import saved_tensors
 
 COMMON = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # By family: `configs`, small ones, where head_dim is not hidden / heads, with groups, odd vocabularies, biases, tied or
@@ -27,8 +29,9 @@ def theirs(family: str, index: int, dtype: torch.dtype = torch.float32) -> PreTr
     config = transformers.AutoConfig.for_model(family, **COMMON | CONFIGS[family][index])
     net = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.1))
+        for name, tensor in saved_tensors(net).items():
+            if not name.endswith(FAMILIES[family].derived or ("\0",)):
+                tensor.add_(torch.randn_like(tensor) * (0.3 if tensor.dim() > 1 else 0.1))
     return net.to(dtype).eval()
 
 

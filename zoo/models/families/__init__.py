@@ -15,6 +15,7 @@ _NAMES = (
     "llama",
     # attention
     # experts
+    "qwen3_moe",
     # delta rules
     # Mamba-2 beside attention
     # other recurrences

@@ -48,17 +48,24 @@ def to_hf(model: ZooForCausalLM) -> PreTrainedModel:
     """
     family, config = family_of(model.config)
     theirs = getattr(transformers, family.model_class)(config).to(model.dtype)
-    parameters = dict(theirs.named_parameters())
-    ours = dict(model.named_parameters())  # a tied head is the embedding and not among them
+    places, ours = saved_tensors(theirs), saved_tensors(model)
     given = set()
     for pair in family.pairs(model.config, ours):
         form = pair.layouts[-1]
         parts = form.split([ours[name].detach() for name in pair.ours])
         for name, part in zip(form.names(), parts, strict=True):
-            parameters[name].data = as_exported(part, model.dtype).clone()
+            places[name].data = as_exported(part, model.dtype).clone()
             given.add(name)
-    assert given == set(parameters), f"not given: {set(parameters) - given}"
+    not_given = {name for name in set(places) - given if not name.endswith(family.derived or ("\0",))}
+    assert not not_given, f"not given: {not_given}"
     return theirs.train(model.training)
+
+
+def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a checkpoint of `model` holds: parameters, and buffers that were learned. A tied head is the embedding and
+    not among them."""
+    saved = model.state_dict(keep_vars=True)
+    return dict(model.named_parameters()) | {name: each for name, each in model.named_buffers() if name in saved}
 
 
 def family_of(model: ZooConfig) -> tuple[Family, PreTrainedConfig]:
@@ -177,7 +184,7 @@ def converted(family: Family, model: ZooForCausalLM, tensors: Mapping[str, Tenso
     Raises:
         FamilyError: tensors that are missing, left over (both before the first is read), or of another shape.
     """
-    ours = dict(model.named_parameters())
+    ours = saved_tensors(model)
     left = {name for name in tensors if not name.endswith(family.derived or ("\0",))}
     if model.config.tie_word_embeddings:
         left.discard("lm_head.weight")

@@ -27,6 +27,17 @@ EXPERTS = {
     ),
     "experts.down_proj": (PerExpert(("block_sparse_moe.experts.{e}.w2.weight",)), "mlp.experts.down_proj"),
 }
+# As most others are: one module per expert.
+GATED_EXPERTS = {
+    "router.weight": "gate.weight",
+    "router.correction_bias": "gate.e_score_correction_bias",
+    "experts.gate_up_proj": (
+        PerExpert(("experts.{e}.gate_proj.weight", "experts.{e}.up_proj.weight")),
+        "experts.gate_up_proj",
+    ),
+    "experts.down_proj": (PerExpert(("experts.{e}.down_proj.weight",)), "experts.down_proj"),
+    **{f"shared.{ours}": f"shared_experts.{theirs}" for ours, theirs in MLP.items()},
+}
 
 
 def attention(fields: Fields, rotary: bool = True) -> dict[str, Any]:
@@ -37,7 +48,7 @@ def attention(fields: Fields, rotary: bool = True) -> dict[str, Any]:
         "kind": "attention",
         "num_heads": heads,
         "num_kv_heads": fields("num_key_value_heads", heads),
-        "head_dim": fields("head_dim"),
+        "head_dim": fields("head_dim", fields("hidden_size") // heads),
         "rope": rope(fields) if rotary else None,
         "window": fields("sliding_window"),
         "bias": fields("attention_bias", False),
@@ -65,19 +76,34 @@ def rope(fields: Fields) -> dict[str, Any]:
     return {"type": kind, "theta": float(theta)} | {name: value for name, value in given.items() if value is not None}
 
 
-def experts(fields: Fields, number: str, renormalize: bool) -> dict[str, Any]:
-    """`ffn:` of a mixture as Mixtral has it; `number` is the field with the number of experts."""
+def experts(
+    fields: Fields, number: str, renormalize: bool, intermediate_size: str = "intermediate_size"
+) -> dict[str, Any]:
+    """`ffn:` of a mixture as Mixtral has it; `number` and `intermediate_size` are the fields with the number of experts
+    and their width."""
     fields.only("hidden_act", "silu")
     fields.only("router_jitter_noise", 0, None)
     # transformers adds the balancing loss only to a model that gives out its router's logits.
     weight = fields("router_aux_loss_coef") if fields("output_router_logits") else 0.0
     return {
         "kind": "moe",
-        "intermediate_size": fields("intermediate_size"),
+        "intermediate_size": fields(intermediate_size),
         "num_experts": fields(number),
         "top_k": fields("num_experts_per_tok"),
         "renormalize": renormalize,
         "router": {"aux_loss_coef": weight},
+    }
+
+
+def sigmoid_router(fields: Fields) -> dict[str, Any]:
+    """`router:` of DeepSeek-V3; transformers has no loss for it."""
+    return {
+        "kind": "sigmoid",
+        "correction_bias": True,
+        "num_groups": fields("n_group"),
+        "top_k_groups": fields("topk_group"),
+        "scale": float(fields("routed_scaling_factor")),
+        "aux_loss_coef": 0.0,
     }
 
 
@@ -117,15 +143,21 @@ def attention_fields(config: AttentionConfig) -> dict[str, Any]:
     return fields
 
 
-def expert_fields(config: MoEConfig, number: str) -> dict[str, Any]:
+def expert_fields(config: MoEConfig, number: str, intermediate_size: str = "intermediate_size") -> dict[str, Any]:
     """The inverse of `experts`."""
     return {
-        "intermediate_size": config.intermediate_size,
+        intermediate_size: config.intermediate_size,
         number: config.num_experts,
         "num_experts_per_tok": config.top_k,
         "router_aux_loss_coef": config.router.aux_loss_coef,
         "output_router_logits": config.router.aux_loss_coef > 0,
     }
+
+
+def sigmoid_router_fields(config: MoEConfig) -> dict[str, Any]:
+    """The inverse of `sigmoid_router`."""
+    router = config.router
+    return {"n_group": router.num_groups, "topk_group": router.top_k_groups, "routed_scaling_factor": router.scale}
 
 
 def expansion(inner: int, model: ZooConfig) -> int:
