@@ -17,8 +17,8 @@ from torch import Tensor
 
 from benchmarks.inputs import EPS
 from benchmarks.rows import Options
+from zoo.ops.linear_attention.ssd import WRONG_FROM
 
-SSD_WRONG = 61_000  # tokens beyond which mamba-ssm's SSD is silently wrong (its issue 1015)
 CHUNK = 256
 
 
@@ -96,7 +96,7 @@ def _(tensors: dict[str, Tensor], variant: str | None, decode: bool) -> Call | N
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    if tensors["q"].shape[1] > SSD_WRONG:
+    if tensors["q"].shape[1] >= WRONG_FROM:
         return None
     return _ssd(mamba_chunk_scan_combined, selective_state_update, tensors, decode)
 

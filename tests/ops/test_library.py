@@ -21,8 +21,13 @@ library = {
     op: importlib.import_module(f"zoo.ops.{op}.library")
     for op in ("linear_attention", "selective_scan", "causal_conv1d")
 }
+simple, ssd = (importlib.import_module(f"zoo.ops.linear_attention.{name}") for name in ("simple_gla", "ssd"))
 reference = {op: importlib.import_module(f"zoo.ops.{op}.reference") for op in library}
-PACKAGES = {"linear_attention": "fla", "selective_scan": "selective_scan_cuda", "causal_conv1d": "causal_conv1d"}
+MISSING = {
+    "linear_attention": "fla is not installed, nor is mamba_ssm",
+    "selective_scan": "selective_scan_cuda is not installed",
+    "causal_conv1d": "causal_conv1d is not installed",
+}
 BATCH, HEADS, DIM, CHANNELS, STATE, WIDTH = 2, 4, 16, 16, 4, 4
 ROUNDED = 2e-2  # of bfloat16 inputs
 
@@ -168,6 +173,30 @@ def mamba_ssm(monkeypatch):
 
 
 @pytest.fixture
+def ssd_alone(monkeypatch):
+    """mamba-ssm's mamba_chunk_scan_combined, and no fla."""
+    shapes = []
+
+    def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, *, initial_states=None, return_final_states=False):
+        assert x.dtype == B.dtype == C.dtype == torch.bfloat16 and dt.dtype == A.dtype == torch.float32
+        assert dt.shape == x.shape[:3] and A.shape == x.shape[2:3] and B.shape == C.shape
+        assert x.shape[2] % B.shape[2] == 0 and return_final_states and initial_states.is_contiguous()
+        shapes.append(tuple(x.shape))
+        out, state = reference["linear_attention"].linear_attention(
+            *(t.float() for t in (C, B, x * dt[..., None])), dt * A, 1.0, initial_states.mT, None
+        )
+        return out.to(x.dtype), state.mT
+
+    module = types.ModuleType("mamba_ssm.ops.triton.ssd_combined")
+    module.mamba_chunk_scan_combined = mamba_chunk_scan_combined
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(dispatch, "_installed", lambda package: package == "mamba_ssm")
+    return shapes
+
+
+@pytest.fixture
 def conv(monkeypatch):
     """causal_conv1d_fn in the layout where it takes initial states."""
 
@@ -259,9 +288,6 @@ def test_causal_conv1d_of_a_slice(conv, batch, length, columns, wide):
 BIG = {"device": "meta", "dtype": torch.bfloat16}
 ONE_DOCUMENT = torch.tensor([0, 70], dtype=torch.int32)
 REFUSED = [
-    ("linear_attention", {"dtype": torch.float32}, "bfloat16 only"),
-    ("linear_attention", {"dtype": torch.float16}, "bfloat16 only"),
-    ("linear_attention", {"v": torch.zeros(BATCH, 70, HEADS, 15).bfloat16()}, "even head dims"),
     ("selective_scan", {"dtype": torch.float64}, "float64"),
     ("selective_scan", {"delta": torch.zeros(BATCH, 70, CHANNELS).double()}, "float64"),
     ("selective_scan", {"initial_state": torch.zeros(BATCH, CHANNELS, STATE)}, "continue from a state"),
@@ -285,6 +311,39 @@ def test_refusals(op, given, reason):
 
 
 @pytest.mark.parametrize(
+    ("module", "given", "reason"),
+    [
+        (simple, {"dtype": torch.float32}, "bfloat16 only"),
+        (simple, {"dtype": torch.float16}, "bfloat16 only"),
+        (simple, {"v": torch.zeros(BATCH, 70, HEADS, 15).bfloat16()}, "even head dims"),
+        (ssd, {"dtype": torch.float32}, "bfloat16 only"),
+        (ssd, {}, "decay per token"),
+        (ssd, {"decay": "head", "cu_seqlens": ONE_DOCUMENT}, "no states for documents"),
+        (ssd, {"decay": "head", "length": 61_000, "device": "meta"}, "61000 tokens: it is wrong from about 61000"),
+    ],
+)
+def test_refusals_of_linear_attention(module, given, reason, monkeypatch):
+    assert reason in module.refuses(*inputs("linear_attention", **given).values())
+    # The backend says so of each, and serves what one of them does.
+    monkeypatch.setattr(library["linear_attention"], "unusable", lambda package: None)
+    problem = library["linear_attention"]._refuses(*inputs("linear_attention", **given).values())
+    both = (simple.refuses, ssd.refuses)
+    if all(refuses(*inputs("linear_attention", **given).values()) for refuses in both):
+        assert reason in problem and "fla: " in problem and "mamba_ssm: " in problem
+    else:
+        assert problem is None
+
+
+def test_ssd_serves_where_simple_gla_does_not(ssd_alone):
+    given = inputs("linear_attention", 300, decay="head", groups=2)
+    assert library["linear_attention"]._refuses(*given.values()) is None
+    check("linear_attention", given, ROUNDED)
+    assert ssd_alone == [(BATCH, 300, HEADS, DIM)]
+    per_token = inputs("linear_attention", 300, decay="token")
+    assert "fla is not installed" in library["linear_attention"]._refuses(*per_token.values())
+
+
+@pytest.mark.parametrize(
     ("op", "given"),
     [
         *((op, {}) for op in library),
@@ -304,13 +363,13 @@ def test_a_compiled_graph_is_refused(op):
 
 def test_simple_gla_is_refused_where_triton_makes_wrong_code_of_it(monkeypatch):
     """Only its chunked backward pass with a decay per token is."""
-    module = library["linear_attention"]
+    module = simple
     monkeypatch.setattr(module, "_miscompiles", lambda device: True)
 
     def refused(length, decay="token", constant=False):
         given = inputs("linear_attention", length, decay=decay)
         given["log_decay"].requires_grad_(not constant)
-        return module._refuses(*given.values()) is not None
+        return module.refuses(*given.values()) is not None
 
     assert refused(64) and refused(64, "head") and refused(70, "head", constant=True)
     assert not refused(64, "head", constant=True) and not refused(63)
@@ -323,7 +382,7 @@ def test_simple_gla_is_refused_where_triton_makes_wrong_code_of_it(monkeypatch):
     [(9, "3.6.0", True), (9, "3.7.0+git1", True), (9, "3.7.1", False), (9, "3.10.0", False), (8, "3.6.0", False)],
 )
 def test_which_triton_makes_wrong_code(monkeypatch, major, version, wrong):
-    module = library["linear_attention"]
+    module = simple
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     monkeypatch.setattr(module.importlib.metadata, "version", lambda package: version)
     assert module._miscompiles(torch.device("cuda")) is wrong
@@ -339,7 +398,7 @@ def test_a_missing_package_is_one_line(op, monkeypatch):
         "selective_scan": (x[0], x[0], x[0, 0], x[0], x[0]),
         "causal_conv1d": (x[0], x[0, 0]),
     }
-    message = f"^{op} cannot run on backend 'library': {PACKAGES[op]} is not installed; use .*torch"
+    message = f"^{op} cannot run on backend 'library': {MISSING[op]}; use .*torch"
     with pytest.raises(ValueError, match=message), ops.backend("library"):
         getattr(ops, op)(*arguments[op])
 
@@ -371,6 +430,14 @@ def test_simple_gla_on_a_gpu(length, decay, constant):
     if refused:
         pytest.skip(refused)
     check("linear_attention", given, ROUNDED)
+
+
+@needs_gpu("linear_attention")
+@pytest.mark.parametrize("length", [1, 255, 600])
+def test_ssd_on_a_gpu(length):
+    pytest.importorskip("mamba_ssm")
+    check("linear_attention", inputs("linear_attention", length, decay="head", device="cuda", groups=2), ROUNDED,
+          ssd.linear_attention)  # fmt: skip
 
 
 @needs_gpu("selective_scan")

@@ -41,7 +41,7 @@ class Implementation:
     function: Callable[..., Any] | None = None
     refuses: Callable[..., str | None] | None = None
     module: str | None = None
-    requires: str | None = None
+    requires: tuple[str, ...] = ()
 
 
 class Choice(NamedTuple):
@@ -82,9 +82,11 @@ def implements(
     return register
 
 
-def lazily(op: str, backend: str, module: str, requires: str) -> None:
-    """`backend` of `op` is registered by `module`, imported at its first use; it needs the package `requires`."""
-    _implementations.setdefault(op, {})[backend] = Implementation(module=module, requires=requires)
+def lazily(op: str, backend: str, module: str, requires: str | tuple[str, ...]) -> None:
+    """`backend` of `op` is registered by `module`, imported at its first use; it needs the package `requires`, or one
+    of several."""
+    packages = (requires,) if isinstance(requires, str) else requires
+    _implementations.setdefault(op, {})[backend] = Implementation(module=module, requires=packages)
 
 
 @contextmanager
@@ -238,20 +240,31 @@ def _cannot_run(op: str, name: str, device_type: str) -> str | None:
     implementation = _implementations[op].get(name)
     if implementation is None:
         return "it is not implemented"
-    if implementation.requires is not None and not _installed(implementation.requires):
-        return f"{implementation.requires} is not installed"
+    missing = [package for package in implementation.requires if not _installed(package)]
+    if missing and len(missing) == len(implementation.requires):
+        return f"{missing[0]} is not installed" + "".join(f", nor is {package}" for package in missing[1:])
     if name == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "its kernels need a GPU (TRITON_INTERPRET=1 runs them on the CPU, slowly, for tests)"
     if name == "library" and device_type == "cpu":
         return "its kernels need a GPU"
     if implementation.function is None:
         assert implementation.module is not None, "lazily() gives it"
-        try:
-            if implementation.requires is not None:
-                importlib.import_module(implementation.requires)
-            importlib.import_module(implementation.module)
-        except (ImportError, OSError) as error:  # built for another torch, say: auto passes it over
-            return f"it cannot be imported: {str(error).splitlines()[0]}"
+        problems = [unusable(package) for package in implementation.requires if package not in missing]
+        if problems and all(problems):
+            return problems[0]
+        return unusable(implementation.module)
+    return None
+
+
+@_constant
+def unusable(module: str) -> str | None:
+    """Why a module cannot be imported, or None once it is."""
+    if "." not in module and not _installed(module):
+        return f"{module} is not installed"
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError) as error:  # built for another torch, say: auto passes it over
+        return f"it cannot be imported: {str(error).splitlines()[0]}"
     return None
 
 

@@ -13,7 +13,7 @@ from zoo.ops.linear_attention import reference as reference
 from zoo.ops.varlen import check_cu_seqlens
 
 dispatch.lazily("linear_attention", "triton", "zoo.ops.linear_attention.kernels", requires="triton")
-dispatch.lazily("linear_attention", "library", "zoo.ops.linear_attention.library", requires="fla")
+dispatch.lazily("linear_attention", "library", "zoo.ops.linear_attention.library", requires=("fla", "mamba_ssm"))
 
 
 def linear_attention(
