@@ -56,8 +56,8 @@ def test_mamba_ssm_is_not_asked_where_it_is_wrong(monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, name, module)
     build = peers._builders["linear_attention", "mamba_ssm"]
     tensors = {
-        "q": torch.zeros(1, 1, 1, 1).expand(1, peers.SSD_WRONG + 1, 1, 1),
-        "v": torch.zeros(1, 1, 1, 1).expand(1, peers.SSD_WRONG + 1, 1, 1),
+        "q": torch.zeros(1, 1, 1, 1).expand(1, peers.WRONG_FROM, 1, 1),
+        "v": torch.zeros(1, 1, 1, 1).expand(1, peers.WRONG_FROM, 1, 1),
         "log_decay": -torch.ones(1),
     }
     assert build(tensors, "per head", False) is None
