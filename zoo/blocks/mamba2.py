@@ -6,13 +6,16 @@ linear attention (state-space duality) with q = C, k = B, v = dt x, log_decay = 
     S_t = exp(dt_t A) S_(t-1) + B_t (dt_t x_t)^T;   y_t = C_t S_t + D x_t
     output W_out RMSNorm_group(y * SiLU(z))            gated before the norm; one norm per group
 
+with norm: norm_first  W_out (RMSNorm_group(y) * SiLU(z))         with norm: none  W_out (y * SiLU(z))
+with multipliers m     [m_z z, m_x x, m_B B, m_C C, m_dt dt] = m * W_in x     (Falcon-H1, arXiv:2507.22448, section 3)
+
 H heads, P head_dim, N state_size, G num_groups (B and C of a group serve H/G consecutive heads), W conv_kernel.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from zoo import ops
-from zoo.blocks.base import Mixer, MixerConfig
+from zoo.blocks.base import Float32Module, Mixer, MixerConfig
 from zoo.blocks.context import SequenceContext
 from zoo.blocks.linear import DepthwiseConv, in_projection, out_projection
 from zoo.blocks.mamba import initial_dt_bias
@@ -46,6 +49,8 @@ class Mamba2Config(MixerConfig):
     conv_bias    a bias on the short convolution.
     dt_min       the least step size.
     dt_max       the largest; default none.
+    norm         gate_first: RMSNorm(y * SiLU(z)); norm_first: RMSNorm(y) * SiLU(z); none: y * SiLU(z).
+    multipliers  five fixed factors on z, x, B, C and dt as the first projection gives them; default none.
     """
 
     num_heads: Size | None = None
@@ -57,6 +62,8 @@ class Mamba2Config(MixerConfig):
     conv_bias: bool = True
     dt_min: NonNegative = 0.0
     dt_max: Positive | None = None
+    norm: Literal["gate_first", "norm_first", "none"] = "gate_first"
+    multipliers: list[float] | None = None
 
     def resolve(self, model: ZooConfig) -> Self:
         num_heads = self.num_heads
@@ -71,7 +78,28 @@ class Mamba2Config(MixerConfig):
             raise FieldError("num_groups", f"must divide num_heads ({num_heads}), got {self.num_groups}")
         if self.dt_max is not None and self.dt_max < self.dt_min:
             raise FieldError("dt_max", f"must be at least dt_min ({self.dt_min}), got {self.dt_max}")
+        if self.multipliers is not None and len(self.multipliers) != 5:
+            raise FieldError("multipliers", f"must be five numbers, for z, x, B, C and dt, got {len(self.multipliers)}")
         return replace(self, num_heads=num_heads)
+
+
+class Multiply(Float32Module):
+    """Multiplies consecutive parts of the last dimension, `sizes` channels each, by one fixed factor per part."""
+
+    factors: Tensor
+    float32 = ("factors",)
+
+    def __init__(self, multipliers: list[float], sizes: list[int]) -> None:
+        super().__init__()
+        self.multipliers, self.sizes = multipliers, sizes
+        self.register_buffer("factors", torch.empty(sum(sizes), dtype=torch.float32), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.copy_(self.factors, torch.tensor(self.multipliers).repeat_interleave(torch.tensor(self.sizes)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.factors).to(x.dtype)
 
 
 class Mamba2(Mixer):
@@ -92,7 +120,10 @@ class Mamba2(Mixer):
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
-        self.norm_weight = nn.Parameter(torch.empty(self.inner))
+        self.norm_weight = nn.Parameter(torch.empty(self.inner)) if config.norm != "none" else None
+        groups = self.num_groups * self.state_size
+        sizes = [self.inner, self.inner, groups, groups, self.num_heads]
+        self.multiply = None if config.multipliers is None else Multiply(config.multipliers, sizes)
         self.out_proj = out_projection(model, self.inner, config.bias)
         self.reset_parameters()
 
@@ -100,11 +131,15 @@ class Mamba2(Mixer):
         init.copy_(self.dt_bias, initial_dt_bias(self.num_heads))
         init.copy_(self.A_log, torch.empty(self.num_heads).uniform_(A_MIN, A_MAX).log())
         init.ones_(self.D)
-        init.ones_(self.norm_weight)
+        if self.norm_weight is not None:
+            init.ones_(self.norm_weight)
 
     def forward(self, x: Tensor, context: SequenceContext, state: State | None = None) -> Tensor:
         x, cu_seqlens = context.pack(x)
-        z, xBC, dt = self.in_proj(x).split([self.inner, self.conv_channels, self.num_heads], dim=-1)
+        zxBCdt = self.in_proj(x)
+        if self.multiply is not None:
+            zxBCdt = self.multiply(zxBCdt)
+        z, xBC, dt = zxBCdt.split([self.inner, self.conv_channels, self.num_heads], dim=-1)
         xBC, conv_state = ops.causal_conv1d(
             xBC,
             self.conv.weight,
@@ -134,8 +169,16 @@ class Mamba2(Mixer):
         if state is not None:
             state.update(conv=conv_state, S=S)
         y = out.to(wide) + self.D.to(wide)[:, None] * values
-        y = ops.gated_rms_norm(y.flatten(-2), z, self.norm_weight, eps=self.norm_eps, num_groups=self.num_groups)
-        return context.unpack(self.out_proj(y))
+        return context.unpack(self.out_proj(self._gate(y.flatten(-2), z)))
+
+    def _gate(self, y: Tensor, z: Tensor) -> Tensor:
+        """`y` `[batch, length, inner]` normalised and gated, in the dtype of `z`."""
+        if self.norm_weight is None:
+            return (y * F.silu(z.to(y.dtype))).to(z.dtype)
+        gate_first = self.config.norm == "gate_first"
+        return ops.gated_rms_norm(
+            y, z, self.norm_weight, eps=self.norm_eps, num_groups=self.num_groups, gate_first=gate_first
+        )
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         wide = torch.promote_types(dtype, torch.float32)
