@@ -73,6 +73,7 @@ KNOWN = ", ".join(FIELDS)
 ATTENTION = "num_heads, num_kv_heads, head_dim, rope, window, num_sinks, qk_norm, bias, output_gate, output_bias, scale, softcap"
 
 # id, path, value, message
+MIXERS = ", ".join(kind.name for kind in kinds() if kind.role == "mixer")
 FIELD_MISTAKES = [
     # unknown keys at every level, with the nearest right one
     ("key-top", "vocab_sise", 1, "vocab_sise: unknown key; did you mean 'vocab_size'?"),
@@ -146,8 +147,8 @@ FIELD_MISTAKES = [
     ("fit-empty-block", "blocks.scan.mixer", {"kind": "none"}, "blocks.scan: has neither a mixer nor an ffn; give one of them"),
     # kinds
     ("kind-mixer", "blocks.softmax.mixer.kind", "atention", "blocks.softmax.mixer.kind: unknown mixer 'atention'; did you mean 'attention'?"),
-    ("kind-mixer-is-ffn", "blocks.softmax.mixer", {"kind": "mlp"}, "blocks.softmax.mixer.kind: unknown mixer 'mlp'; known: attention, lightning, mamba, mamba2, none"),
-    ("kind-mixer-list", "blocks.softmax.mixer.kind", [], "blocks.softmax.mixer.kind: unknown mixer []; known: attention, lightning, mamba, mamba2, none"),
+    ("kind-mixer-is-ffn", "blocks.softmax.mixer", {"kind": "mlp"}, "blocks.softmax.mixer.kind: unknown mixer 'mlp'; known: " + MIXERS),
+    ("kind-mixer-list", "blocks.softmax.mixer.kind", [], "blocks.softmax.mixer.kind: unknown mixer []; known: " + MIXERS),
     ("kind-ffn", "blocks.ssd.ffn.kind", "swiglu", "blocks.ssd.ffn.kind: unknown ffn 'swiglu'; known: mlp, moe, none"),
     ("kind-defaults", "defaults.ffn.kind", "moe2", "defaults.ffn.kind: unknown ffn 'moe2'; did you mean 'moe'?"),
     ("kind-residual", "residual.kind", "normalised", "residual.kind: unknown residual 'normalised'; did you mean 'normalized'?"),

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from transformers import GenerationConfig, PreTrainedConfig
 
 from zoo import yaml
 from zoo.blocks import kind_of
-from zoo.blocks.base import FeedForwardConfig, MixerConfig
 from zoo.blocks.norm import NormConfig
-from zoo.blocks.registry import Role
+from zoo.blocks.registry import FeedForwardPart, MixerPart
 from zoo.blocks.residual import Residual, residual_from_mapping
 from zoo.pattern import PatternError, parse
 from zoo.schema import (
@@ -38,22 +38,6 @@ from zoo.schema import (
 
 class ConfigError(ValueError):
     """A mistake in a model file: one line with the file, the field, the value and the remedy."""
-
-
-@dataclass(frozen=True)
-class MixerPart:
-    """A layer's mixer: the name of its kind and its resolved config."""
-
-    kind: str
-    config: MixerConfig
-
-
-@dataclass(frozen=True)
-class FeedForwardPart:
-    """A layer's feed-forward: the name of its kind and its resolved config."""
-
-    kind: str
-    config: FeedForwardConfig
 
 
 @dataclass(frozen=True)
@@ -110,7 +94,6 @@ _DEFAULTS = {
     if field.default not in (dataclasses.MISSING, None)
 }
 _BLOCK_FIELDS = ("mixer", "ffn", "norm", "residual")
-_ROLES: tuple[Role, Role] = ("mixer", "ffn")
 
 
 class ZooConfig(PreTrainedConfig):
@@ -207,7 +190,8 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
 
     Args:
         source: a YAML (or JSON) file, or the mapping one would hold.
-        overrides: `dotted.path=value` texts, the value as YAML: `blocks.softmax.mixer.num_heads=8`. They win.
+        overrides: `dotted.path=value` texts, the value as YAML: `blocks.softmax.mixer.num_heads=8`, an entry of a list
+            as `branches[0]`. They win.
 
     Raises:
         ConfigError: one line with the file, the field, the value and the remedy.
@@ -249,7 +233,7 @@ def _own_fields(mapping: dict[str, Any]) -> dict[str, Any]:
 
 def _override(mapping: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
+    keys = re.sub(r"\[(\d+)\]", r".\1", path.strip()).split(".")
     if not equals or not all(keys):
         raise FieldError(override, "is not an override; write field.path=value")
     blocks = mapping.get("blocks")
@@ -257,17 +241,28 @@ def _override(mapping: dict[str, Any], override: str) -> None:
     if len(keys) > 2 and keys[0] == "blocks" and isinstance(blocks, dict) and keys[1] not in blocks:
         raise FieldError(".".join(keys[:2]), f"unknown block; {nearest(keys[1], blocks)}")
     inner: Any = mapping
-    for depth, key in enumerate(keys[:-1]):
-        if inner.get(key) is None:
+    for depth in range(len(keys) - 1):
+        key = _key(inner, keys, depth)
+        if isinstance(inner, dict) and inner.get(key) is None:
             inner[key] = {}
         inner = inner[key]
-        if not isinstance(inner, dict):
+        if not isinstance(inner, dict | list):
             raise FieldError(".".join(keys[: depth + 1]), f"has no fields to override, it is {shown(inner)}")
     try:
         value = yaml.load_text(text)
     except yaml.YamlError:
         value = text  # a pattern such as `*2` is no YAML; the schema will say what is wrong with it
-    inner[keys[-1]] = value
+    inner[_key(inner, keys, len(keys) - 1)] = value
+
+
+def _key(inner: dict | list, keys: list[str], depth: int) -> Any:
+    """What keys[depth] is in `inner`: a key, or an index of a list."""
+    key = keys[depth]
+    if isinstance(inner, dict):
+        return key
+    if not key.isdecimal() or len(key) > 9 or int(key) >= len(inner):
+        raise FieldError(".".join(keys[: depth + 1]), f"must be an index below {len(inner)}, got {shown(key)}")
+    return int(key)
 
 
 def _resolve(mapping: Mapping[str, Any], model: ZooConfig) -> tuple[tuple[Layer, ...], NormConfig]:
@@ -322,9 +317,10 @@ def _resolve_block(
         if key not in _BLOCK_FIELDS:
             raise FieldError(join(path, key), f"unknown key; {nearest(key, _BLOCK_FIELDS)}")
     merged = _merge(defaults, block)
-    mixer_kind, mixer = _resolve_part("mixer", merged.get("mixer"), join(path, "mixer"), model)
-    ffn_kind, ffn = _resolve_part("ffn", merged.get("ffn"), join(path, "ffn"), model)
-    if mixer_kind == ffn_kind == "none":
+    mixer_path, ffn_path = join(path, "mixer"), join(path, "ffn")
+    mixer = MixerPart.read(merged.get("mixer"), mixer_path).resolve(model, mixer_path)
+    ffn = FeedForwardPart.read(merged.get("ffn"), ffn_path).resolve(model, ffn_path)
+    if mixer.kind == ffn.kind == "none":
         raise FieldError(path, "has neither a mixer nor an ffn; give one of them")
     if merged.get("norm") is not None:
         norm = from_mapping(NormConfig, merged["norm"], join(path, "norm"))
@@ -332,8 +328,8 @@ def _resolve_block(
         residual = residual_from_mapping(merged["residual"], join(path, "residual"))
     return Layer(
         name,
-        MixerPart(mixer_kind, mixer),
-        FeedForwardPart(ffn_kind, ffn),
+        mixer,
+        ffn,
         norm,
         residual.resolve(model),
     )
@@ -347,22 +343,6 @@ def _merge(default: Any, given: Any) -> Any:
     if any(name in default and given.get(name, default[name]) != default[name] for name in ("kind", "type")):
         return given
     return default | {key: _merge(default.get(key), value) for key, value in given.items()}
-
-
-def _resolve_part(role: Literal["mixer", "ffn"], mapping: Any, path: str, model: ZooConfig) -> tuple[str, Any]:
-    """The kind's name and its resolved config; a part that is not given is `none`."""
-    if mapping is None:
-        mapping = {"kind": "none"}
-    if not isinstance(mapping, dict):
-        raise FieldError(path, f"must be a mapping with a kind, got {shown(mapping)}")
-    if "kind" not in mapping:
-        raise FieldError(join(path, "kind"), "is missing; `zoo describe --kinds` lists them")
-    try:
-        kind = kind_of(role, mapping["kind"])
-        fields = {key: value for key, value in mapping.items() if key != "kind"}
-        return kind.name, from_mapping(kind.config_class, fields, "").resolve(model)
-    except FieldError as error:
-        raise error.within(path) from None
 
 
 def _check_defaults(defaults: dict) -> None:

@@ -138,7 +138,8 @@ def check(annotation: Any, value: Any, path: str) -> Any:
             raise wrong
         return [check(arguments[0], entry, f"{path}[{i}]") for i, entry in enumerate(value)]
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-        return from_mapping(annotation, value, path)
+        read = getattr(annotation, "read", None)  # where the fields depend on the mapping's kind
+        return read(value, path) if read else from_mapping(annotation, value, path)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             value = float(value)

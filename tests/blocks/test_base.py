@@ -13,6 +13,13 @@ MIXERS = {
     "lightning": {"kind": "lightning", "num_heads": 2},
     "mamba": {"kind": "mamba", "inner_norms": True},
     "mamba2": {"kind": "mamba2", "head_dim": 8, "state_size": 4, "num_groups": 2},
+    "parallel": {
+        "kind": "parallel",
+        "branches": [
+            {"kind": "lightning", "num_heads": 2},
+            {"kind": "mamba2", "head_dim": 8, "multipliers": [2.0] * 5},
+        ],
+    },
 }
 FFNS = {
     "mlp": {"kind": "mlp", "intermediate_size": 24, "bias": True},
@@ -68,6 +75,8 @@ def test_rates_stay_float32_when_the_rest_is_cast(role, name, cast):
         "mamba": {"A_log", "D", "dt_bias"},
         "mamba2": {"A_log", "D", "dt_bias"},
         "moe_options": {"router.correction_bias"},
+        "parallel": {"branches.0.log_decay", "branches.1.multiply.factors"}
+        | {f"branches.1.{each}" for each in ("A_log", "D", "dt_bias")},
     }.get(name, set())
     parameters = [id(p) for p in module.parameters()]
     module = cast(module)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, Mamba2Config
+from transformers import DynamicCache, FalconH1Config, Mamba2Config
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1Mixer, compute_mup_vector
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from tests.blocks.helpers import (
@@ -47,7 +48,7 @@ def transformers_mixer(hidden, num_heads, head_dim, state_size, num_groups, kern
     return Mamba2Mixer(config, 0), config
 
 
-def ours(hidden, num_heads, head_dim, state_size, num_groups, kernel):
+def ours(hidden, num_heads, head_dim, state_size, num_groups, kernel, **options):
     mixer = {
         "kind": "mamba2",
         "num_heads": num_heads,
@@ -55,6 +56,7 @@ def ours(hidden, num_heads, head_dim, state_size, num_groups, kernel):
         "state_size": state_size,
         "num_groups": num_groups,
         "conv_kernel": kernel,
+        **options,
     }
     return build_part(model_config(hidden_size=hidden, mixer=mixer, norm={"eps": 1e-2}))
 
@@ -82,6 +84,42 @@ def test_decodes_as_transformers_does(sizes):
         for chunk in x.split([11] + [1] * 9, dim=1):
             assert_close(mixer(chunk, SequenceContext.of(chunk), state), theirs(chunk, cache))
     assert_close(state["S"].transpose(2, 3), cache.get_recurrent_state(0), "state")
+
+
+@pytest.mark.parametrize("norm", ["gate_first", "norm_first", "none"])
+@pytest.mark.parametrize("multipliers", [None, [0.5, 1.5, 0.7, 1.3, 2.5]])
+def test_equals_falcon_h1(norm, multipliers):
+    """With the norm behind the gate, before it, or absent, and the parts of the projection multiplied."""
+    hidden, num_heads, head_dim, state_size, num_groups, kernel = SIZES[2]
+    config = FalconH1Config(
+        hidden_size=hidden,
+        mamba_d_ssm=num_heads * head_dim,
+        mamba_n_heads=num_heads,
+        mamba_d_head=head_dim,
+        mamba_n_groups=num_groups,
+        mamba_d_state=state_size,
+        mamba_d_conv=kernel,
+        mamba_chunk_size=16,
+        mamba_rms_norm=norm != "none",
+        mamba_norm_before_gate=norm == "norm_first",
+        ssm_multipliers=multipliers,
+        rms_norm_eps=1e-2,
+        num_hidden_layers=1,
+    )
+    theirs = FalconH1Mixer(config, 0)
+    theirs.register_buffer("mup_vector", compute_mup_vector(config))
+    mixer = ours(*SIZES[2], norm=norm, multipliers=multipliers)
+    weights = {name: their for name, their in WEIGHTS.items() if norm != "none" or name != "norm_weight"}
+    assert_parity(mixer, run_mixer(mixer), theirs, lambda x: theirs(x), weights, random_input(2, 41, hidden))
+
+
+def test_multipliers_are_float32_and_never_saved():
+    mixer = ours(*SIZES[2], multipliers=[0.1, 0.2, 0.3, 0.4, 0.5])
+    factors = torch.tensor([0.1] * 24 + [0.2] * 24 + [0.3] * 15 + [0.4] * 15 + [0.5] * 6)
+    assert torch.equal(mixer.multiply.factors, factors) and not any("factors" in name for name in mixer.state_dict())
+    assert torch.equal(mixer.bfloat16().multiply.factors, factors)
+    with pytest.raises(ConfigError, match=r"multipliers: must be five numbers, for z, x, B, C and dt, got 4"):
+        ours(*SIZES[2], multipliers=[1, 1, 1, 1])
 
 
 def test_equals_the_recurrence_in_float64():

@@ -37,7 +37,10 @@ def test_every_kind_is_listed_once():
     listed = [(kind.role, kind.name) for kind in kinds()]
     assert listed == sorted(listed, key=lambda key: (key[0] != "mixer", key[1]))
     assert len(set(listed)) == len(listed)
-    built_in = {"mixer": {"attention", "lightning", "mamba", "mamba2", "none"}, "ffn": {"mlp", "moe", "none"}}
+    built_in = {
+        "mixer": {"attention", "lightning", "mamba", "mamba2", "none", "parallel"},
+        "ffn": {"mlp", "moe", "none"},
+    }
     for role, names in built_in.items():
         assert names <= {name for known, name in listed if known == role}
 

@@ -47,6 +47,16 @@ MAMBA2_GROUPS = {
     "dt_min": 0.01, "dt_max": 0.08,
 }  # fmt: skip
 
+MAMBA2_NORM_FIRST = {**MAMBA2, "norm": "norm_first", "num_heads": 4, "num_groups": 2}
+MAMBA2_NO_NORM = {**MAMBA2, "norm": "none", "multipliers": [0.5, 1.5, 0.7, 1.3, 0.8]}
+BESIDE = {
+    "kind": "parallel",
+    "branches": [MAMBA2_NO_NORM, GQA],
+    "input_scales": [0.8, 1.1],
+    "output_scales": [1.2, 0.7],
+}
+RECURRENT_BESIDE = {"kind": "parallel", "branches": [LIGHTNING, MAMBA, MAMBA2], "combine": "mean"}
+
 
 def _stack(pattern: str, blocks: dict[str, dict], **fields: Any) -> dict[str, Any]:
     return {"vocab_size": VOCAB_SIZE, "hidden_size": HIDDEN_SIZE, "blocks": blocks, "pattern": pattern, **fields}
@@ -83,6 +93,10 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "moe-groups": _alone(MHA, GROUPS_MOE),
     "moe-clamped": _alone(MAMBA, CLAMPED_MOE),
     "moe-ungated": _alone(LIGHTNING, UNGATED_MOE),
+    "mamba2-norm-first": _alone(MAMBA2_NORM_FIRST, MLP),
+    "mamba2-no-norm": _alone(MAMBA2_NO_NORM, MLP),
+    "parallel": _alone(BESIDE, MLP),
+    "parallel-recurrent": _alone(RECURRENT_BESIDE, MLP),
     "minimax": _stack(
         "lightning*2 softmax",
         {"lightning": {"mixer": LIGHTNING}, "softmax": {"mixer": GQA}},

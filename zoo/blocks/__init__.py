@@ -11,6 +11,7 @@ from zoo.blocks.mamba2 import Mamba2, Mamba2Config
 from zoo.blocks.mlp import MLP, MLPConfig
 from zoo.blocks.moe import MoE, MoEConfig
 from zoo.blocks.none import NoFeedForwardConfig, NoMixerConfig
+from zoo.blocks.parallel import Parallel, ParallelConfig
 from zoo.blocks.registry import Kind, kind_of, kinds, register
 from zoo.blocks.state import KeyValueState, State
 
@@ -36,4 +37,5 @@ register("mamba2", Mamba2Config, Mamba2)
 register("mlp", MLPConfig, MLP)
 register("moe", MoEConfig, MoE)
 register("none", NoMixerConfig, Identity)
+register("parallel", ParallelConfig, Parallel)
 register("none", NoFeedForwardConfig, Identity)

@@ -96,7 +96,8 @@ class Multiply(Float32Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        init.copy_(self.factors, torch.tensor(self.multipliers).repeat_interleave(torch.tensor(self.sizes)))
+        parts = zip(self.sizes, self.multipliers, strict=True)
+        init.copy_(self.factors, torch.cat([torch.full((size,), factor) for size, factor in parts]))
 
     def forward(self, x: Tensor) -> Tensor:
         return (x * self.factors).to(x.dtype)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from importlib.metadata import entry_points
-from typing import Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from torch import nn
 
 from zoo.blocks.base import FeedForwardConfig, MixerConfig
-from zoo.schema import FieldError, expected, get_hints, nearest, shown
+from zoo.schema import FieldError, expected, from_mapping, get_hints, join, nearest, shown
+
+if TYPE_CHECKING:
+    from zoo.config import ZooConfig
 
 Role = Literal["mixer", "ffn"]
 _BASES: dict[Role, type] = {"mixer": MixerConfig, "ffn": FeedForwardConfig}
@@ -73,6 +76,61 @@ def kind_of(role: Role, name: object) -> Kind:
     raise FieldError(
         "kind", f"unknown {role} {shown(name)}; {nearest(name, [k.name for k in kinds() if k.role == role])}"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A mixer or feed-forward as a model file gives it: `{kind: ..., ...}`."""
+
+    role: ClassVar[Role]
+    kind: str
+    config: Any
+
+    @classmethod
+    def read(cls, mapping: Any, path: str) -> Self:
+        """From a mapping; null is `{kind: none}`.
+
+        Raises:
+            FieldError: no mapping, no kind or an unknown one, a field that is wrong, missing or unknown.
+        """
+        mapping = {"kind": "none"} if mapping is None else mapping
+        if not isinstance(mapping, dict):
+            raise FieldError(path, f"must be a mapping with a kind, got {shown(mapping)}")
+        if "kind" not in mapping:
+            raise FieldError(join(path, "kind"), "is missing; `zoo describe --kinds` lists them")
+        try:
+            kind = kind_of(cls.role, mapping["kind"])
+        except FieldError as error:
+            raise error.within(path) from None
+        fields = {key: value for key, value in mapping.items() if key != "kind"}
+        return cls(kind.name, from_mapping(kind.config_class, fields, path))
+
+    def resolve(self, model: ZooConfig, path: str) -> Self:
+        """A copy whose config is resolved; its mistakes are reported below `path`."""
+        try:
+            return dataclasses.replace(self, config=self.config.resolve(model))
+        except FieldError as error:
+            raise error.within(path) from None
+
+    def build(self, model: ZooConfig, layer_idx: int) -> Any:
+        """The module."""
+        return kind_of(self.role, self.kind).module_class(self.config, model, layer_idx)
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerPart(_Part):
+    """A mixer: the name of its kind, and its config."""
+
+    role = "mixer"
+    config: MixerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForwardPart(_Part):
+    """A feed-forward: the name of its kind, and its config."""
+
+    role = "ffn"
+    config: FeedForwardConfig
 
 
 def _load_plugins() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from zoo.blocks import FeedForward, Mixer, RouterStatistics, SequenceContext, State, kind_of
+from zoo.blocks import FeedForward, Mixer, RouterStatistics, SequenceContext, State
 from zoo.blocks.norm import Norm
 from zoo.blocks.residual import Sublayer
 from zoo.config import Layer, ZooConfig
@@ -23,14 +23,12 @@ class DecoderLayer(GradientCheckpointingLayer):
 
         self.mixer: Mixer | None = None
         if layer.mixer.kind != "none":
-            module_class = kind_of("mixer", layer.mixer.kind).module_class
-            self.mixer = module_class(layer.mixer.config, config, layer_idx)
+            self.mixer = layer.mixer.build(config, layer_idx)
         self.mixer_norm = norm(self.mixer is not None)
         self.mixer_second_norm = norm(self.mixer is not None and layer.residual.has_second_norm)
         self.ffn: FeedForward | None = None
         if layer.ffn.kind != "none":
-            module_class = kind_of("ffn", layer.ffn.kind).module_class
-            self.ffn = module_class(layer.ffn.config, config, layer_idx)
+            self.ffn = layer.ffn.build(config, layer_idx)
         self.ffn_norm = norm(self.ffn is not None)
         self.ffn_second_norm = norm(self.ffn is not None and layer.residual.has_second_norm)
 

@@ -18,6 +18,7 @@ COLOURS = {
     "mlp": "#b9c4d6",
     "moe": "#f0c04d",
     "none": "#f1f3f7",
+    "parallel": "#a3427f",
 }
 OTHER_COLOURS = ("#c73b55", "#3aa6c9", "#8a6d3b", "#d977b3", "#5b8c2a", "#6b7fd7")
 
