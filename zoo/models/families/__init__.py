@@ -18,6 +18,7 @@ _NAMES = (
     "qwen3_moe",
     # delta rules
     # Mamba-2 beside attention
+    "bamba",
     # other recurrences
 )
 FAMILIES: dict[str, Family] = {name: import_module(f"{__name__}.{name}").FAMILY for name in _NAMES}
