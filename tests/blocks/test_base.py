@@ -13,6 +13,8 @@ MIXERS = {
     "lightning": {"kind": "lightning", "num_heads": 2},
     "mamba": {"kind": "mamba", "inner_norms": True},
     "mamba2": {"kind": "mamba2", "head_dim": 8, "state_size": 4, "num_groups": 2},
+    "rglru": {"kind": "rglru", "num_heads": 2},
+    "short_conv": {"kind": "short_conv"},
     "parallel": {
         "kind": "parallel",
         "branches": [
@@ -74,6 +76,7 @@ def test_rates_stay_float32_when_the_rest_is_cast(role, name, cast):
         "lightning": {"log_decay"},
         "mamba": {"A_log", "D", "dt_bias"},
         "mamba2": {"A_log", "D", "dt_bias"},
+        "rglru": {"a_param"},
         "moe_options": {"router.correction_bias"},
         "parallel": {"branches.0.log_decay", "branches.1.multiply.factors"}
         | {f"branches.1.{each}" for each in ("A_log", "D", "dt_bias")},

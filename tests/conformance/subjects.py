@@ -46,7 +46,6 @@ MAMBA2_GROUPS = {
     "kind": "mamba2", "head_dim": 16, "state_size": 8, "num_groups": 2, "bias": True, "conv_bias": False,
     "dt_min": 0.01, "dt_max": 0.08,
 }  # fmt: skip
-
 MAMBA2_NORM_FIRST = {**MAMBA2, "norm": "norm_first", "num_heads": 4, "num_groups": 2}
 MAMBA2_NO_NORM = {**MAMBA2, "norm": "none", "multipliers": [0.5, 1.5, 0.7, 1.3, 0.8]}
 BESIDE = {
@@ -56,6 +55,10 @@ BESIDE = {
     "output_scales": [1.2, 0.7],
 }
 RECURRENT_BESIDE = {"kind": "parallel", "branches": [LIGHTNING, MAMBA, MAMBA2], "combine": "mean"}
+SHORT_CONV = {"kind": "short_conv"}
+SHORT_CONV_BIAS = {"kind": "short_conv", "conv_kernel": 4, "bias": True}
+RGLRU = {"kind": "rglru", "num_heads": 4}
+RGLRU_WIDTH = {"kind": "rglru", "num_heads": 2, "width": 20, "conv_kernel": 2}
 
 
 def _stack(pattern: str, blocks: dict[str, dict], **fields: Any) -> dict[str, Any]:
@@ -97,6 +100,10 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "mamba2-no-norm": _alone(MAMBA2_NO_NORM, MLP),
     "parallel": _alone(BESIDE, MLP),
     "parallel-recurrent": _alone(RECURRENT_BESIDE, MLP),
+    "short-conv": _alone(SHORT_CONV, MLP),
+    "short-conv-bias": _alone(SHORT_CONV_BIAS, MLP),
+    "rglru": _alone(RGLRU, MLP),
+    "rglru-width": _alone(RGLRU_WIDTH, MLP),
     "minimax": _stack(
         "lightning*2 softmax",
         {"lightning": {"mixer": LIGHTNING}, "softmax": {"mixer": GQA}},

@@ -23,7 +23,7 @@ def test_no_output_before_a_changed_token_changes(subject: str, measure: Measure
 def test_every_mixer_carries_a_token_to_the_next(subject: str) -> None:
     model, x = build(subject), inputs(1, 8)
     changed = x.clone()
-    changed[:, 3] = -x[:, 3]
+    changed[:, 3] = -2 * x[:, 3]  # twice, as short_conv multiplies the token by itself
     context = SequenceContext.of(x)
     for layer in model.layers:
         if layer.mixer is not None:

@@ -13,6 +13,8 @@ from zoo.blocks.moe import MoE, MoEConfig
 from zoo.blocks.none import NoFeedForwardConfig, NoMixerConfig
 from zoo.blocks.parallel import Parallel, ParallelConfig
 from zoo.blocks.registry import Kind, kind_of, kinds, register
+from zoo.blocks.rglru import RGLRU, RGLRUConfig
+from zoo.blocks.short_conv import ShortConv, ShortConvConfig
 from zoo.blocks.state import KeyValueState, State
 
 __all__ = [
@@ -39,3 +41,5 @@ register("moe", MoEConfig, MoE)
 register("none", NoMixerConfig, Identity)
 register("parallel", ParallelConfig, Parallel)
 register("none", NoFeedForwardConfig, Identity)
+register("rglru", RGLRUConfig, RGLRU)
+register("short_conv", ShortConvConfig, ShortConv)

@@ -60,7 +60,7 @@ class ZooPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]
-    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "correction_bias"]
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "correction_bias", "a_param"]
     _supports_sdpa = True
     _is_stateful = True  # assisted generation needs a cache that can forget, and is refused
 

@@ -18,8 +18,8 @@ _NAMES = (
     "qwen3_moe",
     # delta rules
     # Mamba-2 beside attention
-    "bamba",
     # other recurrences
+    "lfm2",
 )
 FAMILIES: dict[str, Family] = {name: import_module(f"{__name__}.{name}").FAMILY for name in _NAMES}
 
