@@ -19,12 +19,13 @@ from zoo.ops import dispatch
 
 library = {
     op: importlib.import_module(f"zoo.ops.{op}.library")
-    for op in ("linear_attention", "selective_scan", "causal_conv1d")
+    for op in ("linear_attention", "delta_rule", "selective_scan", "causal_conv1d")
 }
 simple, ssd = (importlib.import_module(f"zoo.ops.linear_attention.{name}") for name in ("simple_gla", "ssd"))
 reference = {op: importlib.import_module(f"zoo.ops.{op}.reference") for op in library}
 MISSING = {
     "linear_attention": "fla is not installed, nor is mamba_ssm",
+    "delta_rule": "fla is not installed",
     "selective_scan": "selective_scan_cuda is not installed",
     "causal_conv1d": "causal_conv1d is not installed",
 }
@@ -52,6 +53,18 @@ def inputs(op, length=70, dtype=torch.bfloat16, device="cpu", decay="token", gro
             "q": random(BATCH, length, groups, DIM),
             "k": random(BATCH, length, groups, DIM),
             "v": random(BATCH, length, HEADS, DIM),
+            "log_decay": -torch.rand(shape, device=device) * 3,
+            "scale": 0.5,
+            "initial_state": random(BATCH, HEADS, DIM, DIM, dtype=wide),
+            "cu_seqlens": None,
+        }
+    elif op == "delta_rule":
+        shape = (BATCH, length, HEADS) if decay == "token" else (BATCH, length, HEADS, DIM)
+        given = {
+            "q": random(BATCH, length, groups, DIM),
+            "k": torch.nn.functional.normalize(random(BATCH, length, groups, DIM).float(), dim=-1).to(dtype),
+            "v": random(BATCH, length, HEADS, DIM),
+            "beta": torch.rand(BATCH, length, HEADS, device=device),
             "log_decay": -torch.rand(shape, device=device) * 3,
             "scale": 0.5,
             "initial_state": random(BATCH, HEADS, DIM, DIM, dtype=wide),
@@ -150,6 +163,35 @@ def simple_gla(monkeypatch):
 
 
 @pytest.fixture
+def fla_delta(monkeypatch):
+    """fla's four functions of the delta rule, which note how they are called."""
+    calls = []
+
+    def stand_in(name, channels, differentiable):
+        def run(*, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens):
+            assert q.dtype == k.dtype == v.dtype == torch.bfloat16 and initial_state.dtype == torch.float32
+            assert q.shape == k.shape and v.shape[2] % q.shape[2] == 0 and beta.shape == v.shape[:3]
+            assert g.shape == (*v.shape[:3], *q.shape[3:]) if channels else g.shape == v.shape[:3]
+            assert output_final_state and (differentiable or not torch.is_grad_enabled())
+            calls.append(name)
+            out, state = reference["delta_rule"].delta_rule(
+                *(x.float() for x in (q, k, v)), beta, g, scale, initial_state, cu_seqlens
+            )
+            return out.to(q.dtype), state
+
+        return run
+
+    for package, op, channels in (("gated_delta_rule", "gated_delta_rule", False), ("kda", "kda", True)):
+        module = types.ModuleType(f"fla.ops.{package}")
+        setattr(module, f"chunk_{op}", stand_in(f"chunk_{op}", channels, True))
+        setattr(module, f"fused_recurrent_{op}", stand_in(f"fused_recurrent_{op}", channels, False))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    return calls
+
+
+@pytest.fixture
 def mamba_ssm(monkeypatch):
     """mamba-ssm's selective_scan_fn, whose last state has no gradient."""
     dtypes = []
@@ -242,6 +284,24 @@ def test_simple_gla_with_documents(simple_gla):
     assert simple_gla == [("chunk", "g")]
 
 
+@pytest.mark.parametrize("groups", [1, HEADS])
+@pytest.mark.parametrize(("decay", "name"), [("token", "gated_delta_rule"), ("channel", "kda")])
+@pytest.mark.parametrize("length", [1, 70])
+def test_delta_rule(fla_delta, length, decay, name, groups):
+    given = inputs("delta_rule", length, decay=decay, groups=groups)
+    check("delta_rule", given, ROUNDED)
+    with torch.no_grad():
+        library["delta_rule"].delta_rule(*given.values())
+    assert fla_delta == [f"chunk_{name}", f"{'fused_recurrent' if length == 1 else 'chunk'}_{name}"]
+
+
+def test_delta_rule_without_decay(fla_delta):
+    given = inputs("delta_rule", 70)
+    given["log_decay"] = torch.zeros(HEADS)  # as the op hands on None
+    check("delta_rule", given, ROUNDED)
+    assert fla_delta == ["chunk_gated_delta_rule"]
+
+
 @pytest.mark.parametrize("length", [1, 70])
 def test_selective_scan(mamba_ssm, length):
     """The state has its gradient, and is not rounded to the inputs' dtype; delta keeps its own precision."""
@@ -288,6 +348,8 @@ def test_causal_conv1d_of_a_slice(conv, batch, length, columns, wide):
 BIG = {"device": "meta", "dtype": torch.bfloat16}
 ONE_DOCUMENT = torch.tensor([0, 70], dtype=torch.int32)
 REFUSED = [
+    ("delta_rule", {"dtype": torch.float32}, "bfloat16 only"),
+    ("delta_rule", {"q": torch.zeros(BATCH, 70, HEADS, 257).bfloat16()}, "keys of at most 256"),
     ("selective_scan", {"dtype": torch.float64}, "float64"),
     ("selective_scan", {"delta": torch.zeros(BATCH, 70, CHANNELS).double()}, "float64"),
     ("selective_scan", {"initial_state": torch.zeros(BATCH, CHANNELS, STATE)}, "continue from a state"),
@@ -364,7 +426,7 @@ def test_a_compiled_graph_is_refused(op):
 def test_simple_gla_is_refused_where_triton_makes_wrong_code_of_it(monkeypatch):
     """Only its chunked backward pass with a decay per token is."""
     module = simple
-    monkeypatch.setattr(module, "_miscompiles", lambda device: True)
+    monkeypatch.setattr(module, "miscompiles", lambda device: True)
 
     def refused(length, decay="token", constant=False):
         given = inputs("linear_attention", length, decay=decay)
@@ -377,6 +439,16 @@ def test_simple_gla_is_refused_where_triton_makes_wrong_code_of_it(monkeypatch):
         assert not refused(64)
 
 
+def test_delta_rule_is_refused_where_triton_makes_wrong_code_of_it(monkeypatch):
+    """Its backward pass with a decay per head is."""
+    module = library["delta_rule"]
+    monkeypatch.setattr(module, "miscompiles", lambda device: True)
+    assert module._refuses(*inputs("delta_rule").values()) is not None
+    assert module._refuses(*inputs("delta_rule", decay="channel").values()) is None
+    with torch.no_grad():
+        assert module._refuses(*inputs("delta_rule").values()) is None
+
+
 @pytest.mark.parametrize(
     ("major", "version", "wrong"),
     [(9, "3.6.0", True), (9, "3.7.0+git1", True), (9, "3.7.1", False), (9, "3.10.0", False), (8, "3.6.0", False)],
@@ -385,8 +457,8 @@ def test_which_triton_makes_wrong_code(monkeypatch, major, version, wrong):
     module = simple
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     monkeypatch.setattr(module.importlib.metadata, "version", lambda package: version)
-    assert module._miscompiles(torch.device("cuda")) is wrong
-    assert not module._miscompiles(torch.device("cpu"))
+    assert module.miscompiles(torch.device("cuda")) is wrong
+    assert not module.miscompiles(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("op", library)
@@ -395,6 +467,7 @@ def test_a_missing_package_is_one_line(op, monkeypatch):
     x = torch.zeros(1, 2, 8, 8)
     arguments = {
         "linear_attention": (x, x, x),
+        "delta_rule": (x, x, x, x[..., 0]),
         "selective_scan": (x[0], x[0], x[0, 0], x[0], x[0]),
         "causal_conv1d": (x[0], x[0, 0]),
     }
@@ -417,6 +490,40 @@ def test_simple_gla_is_our_op():
         return naive_recurrent_simple_gla(q, k, v, log_decay, scale=scale, initial_state=initial_state)
 
     check("linear_attention", given, 1e-5, theirs)
+
+
+@pytest.mark.parametrize("decay", ["token", "channel"])
+def test_delta_rule_of_fla_is_our_op(decay):
+    """As above: beta, the decay and its place, the state and its layout."""
+    pytest.importorskip("fla", reason="fla-core (extra fla) is not installed")
+    from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
+    from fla.ops.kda.naive import naive_recurrent_kda
+
+    naive = naive_recurrent_gated_delta_rule if decay == "token" else naive_recurrent_kda
+    given = inputs("delta_rule", dtype=torch.float32, decay=decay)
+
+    def theirs(q, k, v, beta, log_decay, scale, initial_state, cu_seqlens):
+        return naive(q, k, v, beta=beta, g=log_decay, scale=scale, initial_state=initial_state, output_final_state=True)
+
+    check("delta_rule", given, 1e-5, theirs)
+
+
+@needs_gpu("delta_rule")
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("decay", ["token", "channel"])
+@pytest.mark.parametrize("length", [1, 63, 128, 200])
+def test_delta_rule_on_a_gpu(length, decay, gradient):
+    given = inputs("delta_rule", length, decay=decay, device="cuda", groups=2)
+    if not gradient:
+        with torch.no_grad():
+            found = library["delta_rule"].delta_rule(*given.values())
+            expected = reference["delta_rule"].delta_rule(*given.values())
+        assert all(relative_error(*pair) < ROUNDED for pair in zip(found, expected, strict=True))
+        return
+    refused = library["delta_rule"]._refuses(*given.values())
+    if refused:
+        pytest.skip(refused)
+    check("delta_rule", given, ROUNDED)
 
 
 @needs_gpu("linear_attention")

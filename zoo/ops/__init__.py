@@ -1,6 +1,7 @@
 """The mathematics of the mixers: pure functions on tensors, each with interchangeable backends (see dispatch.py)."""
 
 from zoo.ops.causal_conv1d import causal_conv1d
+from zoo.ops.delta_rule import delta_rule
 from zoo.ops.dispatch import backend, backends
 from zoo.ops.explain import explain
 from zoo.ops.gated_rms_norm import gated_rms_norm
@@ -12,6 +13,7 @@ __all__ = [
     "backend",
     "backends",
     "causal_conv1d",
+    "delta_rule",
     "explain",
     "gated_rms_norm",
     "linear_attention",

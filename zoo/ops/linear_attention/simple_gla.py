@@ -40,7 +40,7 @@ def refuses(
         return "its backward pass needs even head dims"
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, log_decay, initial_state))
     chunked_with_g = v.shape[1] >= CHUNK and _decays_per_token(v, log_decay, cu_seqlens)
-    if gradient and chunked_with_g and _miscompiles(asked_device(v.device)):
+    if gradient and chunked_with_g and miscompiles(asked_device(v.device)):
         return "its gradients of a decay per token need Triton 3.7.1 on this GPU"
     return None
 
@@ -51,7 +51,7 @@ def _decays_per_token(v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None) -
     return log_decay.dim() == 3 or log_decay.requires_grad or unfinished
 
 
-def _miscompiles(device: torch.device) -> bool:
+def miscompiles(device: torch.device) -> bool:
     """Triton before 3.7.1 makes wrong code of its backward pass with g for Hopper; fla raises there (its issue 640)."""
     if device.type != "cuda":
         return False
