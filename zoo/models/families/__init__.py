@@ -18,6 +18,7 @@ _NAMES = (
     "qwen3_moe",
     # delta rules
     # Mamba-2 beside attention
+    "bamba",
     # other recurrences
     "lfm2",
 )

@@ -40,8 +40,8 @@ GATED_EXPERTS = {
 }
 
 
-def attention(fields: Fields, rotary: bool = True) -> dict[str, Any]:
-    """`mixer:` of softmax attention as Llama has it."""
+def attention(fields: Fields, rotary: bool = True, partial: bool = False) -> dict[str, Any]:
+    """`mixer:` of softmax attention as Llama has it; `partial` is of `rope`."""
     fields.only("attention_dropout", 0, None)
     heads = fields("num_attention_heads")
     return {
@@ -49,14 +49,15 @@ def attention(fields: Fields, rotary: bool = True) -> dict[str, Any]:
         "num_heads": heads,
         "num_kv_heads": fields("num_key_value_heads", heads),
         "head_dim": fields("head_dim", fields("hidden_size") // heads),
-        "rope": rope(fields) if rotary else None,
+        "rope": rope(fields, partial) if rotary else None,
         "window": fields("sliding_window"),
         "bias": fields("attention_bias", False),
     }
 
 
-def rope(fields: Fields) -> dict[str, Any]:
-    """`rope:`, from the rotary parameters that transformers standardises.
+def rope(fields: Fields, partial: bool = False) -> dict[str, Any]:
+    """`rope:`, from the rotary parameters that transformers standardises; `partial` where a family can turn a part of
+    each head.
 
     Raises:
         FamilyError: a kind of scaling, or a parameter of one, that ours does not have.
@@ -64,6 +65,9 @@ def rope(fields: Fields) -> dict[str, Any]:
     given = dict(fields("rope_parameters"))
     kind = given.pop("rope_type", "default")
     theta = given.pop("rope_theta")
+    if partial:
+        head_dim = fields("head_dim", fields("hidden_size") // fields("num_attention_heads"))
+        given["rotary_dim"] = int(head_dim * (given.pop("partial_rotary_factor", None) or 1))
     if kind not in ("default", "linear", "yarn", "llama3"):
         raise FamilyError(f"{fields.model_type}: rope_parameters.rope_type is {kind!r}; supported is default, linear, "
                           "yarn or llama3")  # fmt: skip
@@ -139,6 +143,8 @@ def attention_fields(config: AttentionConfig) -> dict[str, Any]:
         names = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast",
                  "beta_slow", "attention_factor")  # fmt: skip
         scaling = {name: getattr(config.rope, name) for name in names if getattr(config.rope, name) is not None}
+        if config.rope.rotary_dim != config.head_dim:
+            scaling["partial_rotary_factor"] = config.rope.rotary_dim / config.head_dim
         fields["rope_parameters"] = {"rope_type": config.rope.type, "rope_theta": config.rope.theta} | scaling
     return fields
 
