@@ -19,6 +19,7 @@ _NAMES = (
     # delta rules
     # Mamba-2 beside attention
     "bamba",
+    "granitemoehybrid",
     # other recurrences
     "lfm2",
 )

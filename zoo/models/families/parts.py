@@ -177,6 +177,12 @@ def expansion(inner: int, model: ZooConfig) -> int:
     return inner // model.hidden_size
 
 
+def reciprocal(factor: float) -> float:
+    """1 / factor, as short a number as has this factor for its own reciprocal."""
+    exact = 1 / factor
+    return next((x for x in (float(f"{exact:.{digits}g}") for digits in range(1, 17)) if 1 / x == factor), exact)
+
+
 def pattern(names: list[str]) -> str:
     """A pattern with repeated names counted."""
     runs: list[list[Any]] = []
