@@ -22,6 +22,7 @@ _NAMES = (
     "granitemoehybrid",
     # other recurrences
     "lfm2",
+    "recurrent_gemma",
 )
 FAMILIES: dict[str, Family] = {name: import_module(f"{__name__}.{name}").FAMILY for name in _NAMES}
 
