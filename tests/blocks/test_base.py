@@ -11,6 +11,10 @@ from zoo.blocks import SequenceContext
 MIXERS = {
     "attention": {"kind": "attention", "num_heads": 2, "qk_norm": True, "bias": True},
     "lightning": {"kind": "lightning", "num_heads": 2},
+    "mla": {
+        "kind": "mla", "num_heads": 2, "q_lora_rank": 6, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "v_head_dim": 4,
+        "qk_rope_head_dim": 4, "bias": True,
+    },
     "mamba": {"kind": "mamba", "inner_norms": True},
     "mamba2": {"kind": "mamba2", "head_dim": 8, "state_size": 4, "num_groups": 2},
     "rglru": {"kind": "rglru", "num_heads": 2},
@@ -22,7 +26,7 @@ MIXERS = {
             {"kind": "mamba2", "head_dim": 8, "multipliers": [2.0] * 5},
         ],
     },
-}
+}  # fmt: skip
 FFNS = {
     "mlp": {"kind": "mlp", "intermediate_size": 24, "bias": True},
     "moe": {"kind": "moe", "intermediate_size": 24, "num_experts": 4, "num_shared_experts": 1},
@@ -74,6 +78,7 @@ def test_rates_stay_float32_when_the_rest_is_cast(role, name, cast):
     assert rates == {
         "attention": {"rotary.inv_freq"},
         "lightning": {"log_decay"},
+        "mla": {"rotary.inv_freq"},
         "mamba": {"A_log", "D", "dt_bias"},
         "mamba2": {"A_log", "D", "dt_bias"},
         "rglru": {"a_param"},

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from transformers import LlamaConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from tests.blocks.helpers import assert_close, random_input
@@ -21,6 +22,13 @@ TYPES = {
         "beta_fast": 8.0,
         "beta_slow": 2.0,
         "attention_factor": 1.5,
+    },
+    "yarn over fractions of dimensions": {
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "truncate": False,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.1,
     },
     "llama3": {
         "factor": 8.0,
@@ -49,6 +57,16 @@ def test_equals_llama(name, head_dim):
     cos, sin = llama(name, head_dim)(q, positions)
     expected = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
     for ours, theirs in zip(rotary(name, head_dim)(q, k, positions), expected, strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("head_dim", [2, 16, 40])
+def test_interleaved_equals_deepseek(head_dim):
+    q, k = random_input(2, 30, 3, head_dim, seed=1), random_input(2, 30, 1, head_dim, seed=2)
+    positions = torch.randint(0, 400, (2, 30), generator=torch.Generator().manual_seed(0))
+    cos, sin = llama("yarn", head_dim)(q, positions)
+    expected = apply_rotary_pos_emb_interleave(q, k, cos, sin, unsqueeze_dim=2)
+    for ours, theirs in zip(rotary("yarn", head_dim, interleaved=True)(q, k, positions), expected, strict=True):
         assert_close(ours, theirs)
 
 

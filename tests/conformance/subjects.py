@@ -38,6 +38,12 @@ GEMMA = {**WINDOW, "scale": 0.4, "softcap": 1.5}
 OLMO2 = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "qk_norm": "projection"}
 QWEN2 = {"kind": "attention", "num_heads": 2, "bias": True, "output_bias": False}
 NO_ROPE = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "rope": None}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "truncate": False}
+MLA = {
+    "kind": "mla", "num_heads": 3, "q_lora_rank": 10, "kv_lora_rank": 14, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
+    "v_head_dim": 5, "rope": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2, "interleaved": True},
+}  # fmt: skip
+MLA_NO_ROPE = {**MLA, "q_lora_rank": None, "rope": None, "bias": True}
 LIGHTNING = {"kind": "lightning", "num_heads": 4}
 MAMBA = {"kind": "mamba", "state_size": 4}
 JAMBA = {"kind": "mamba", "state_size": 4, "conv_kernel": 3, "inner_norms": True, "bias": True, "conv_bias": False}
@@ -73,11 +79,12 @@ def _alone(mixer: dict, ffn: dict) -> dict[str, Any]:
 ALL_KINDS = {
     "attention": {"mixer": FULL_GQA, "ffn": MLP},
     "lightning": {"mixer": LIGHTNING, "ffn": MOE},
+    "mla": {"mixer": MLA, "ffn": UNGATED_MOE},
     "mamba": {"mixer": MAMBA},
     "mamba2": {"mixer": MAMBA2_GROUPS, "ffn": JAMBA_MOE},
     "dense": {"ffn": MLP},
 }
-ALL_PATTERN = "attention mamba lightning dense mamba2"
+ALL_PATTERN = "attention mla mamba lightning dense mamba2"
 
 SUBJECTS: dict[str, dict[str, Any]] = {
     "attention": _alone(MHA, MLP),
@@ -88,12 +95,13 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "attention-qk-norm-projection": _alone(OLMO2, MLP),
     "attention-output-bias": _alone(QWEN2, MLP),
     "attention-no-rope": _alone(NO_ROPE, JAMBA_MOE),
+    "mla": _alone(MLA, MLP),
+    "mla-no-rope": _alone(MLA_NO_ROPE, GROUPS_MOE),
     "lightning": _alone(LIGHTNING, SHARED_MOE),
     "mamba": _alone(MAMBA, RELU2),
     "mamba-inner-norms": _alone(JAMBA, MLP),
     "mamba2": _alone(MAMBA2, MLP),
     "mamba2-groups": _alone(MAMBA2_GROUPS, MOE),
-    "moe-groups": _alone(MHA, GROUPS_MOE),
     "moe-clamped": _alone(MAMBA, CLAMPED_MOE),
     "moe-ungated": _alone(LIGHTNING, UNGATED_MOE),
     "mamba2-norm-first": _alone(MAMBA2_NORM_FIRST, MLP),

@@ -8,6 +8,7 @@ from zoo.blocks.context import SequenceContext
 from zoo.blocks.lightning import Lightning, LightningConfig
 from zoo.blocks.mamba import Mamba, MambaConfig
 from zoo.blocks.mamba2 import Mamba2, Mamba2Config
+from zoo.blocks.mla import MLA, MLAConfig
 from zoo.blocks.mlp import MLP, MLPConfig
 from zoo.blocks.moe import MoE, MoEConfig
 from zoo.blocks.none import NoFeedForwardConfig, NoMixerConfig
@@ -36,6 +37,7 @@ register("attention", AttentionConfig, Attention)
 register("lightning", LightningConfig, Lightning)
 register("mamba", MambaConfig, Mamba)
 register("mamba2", Mamba2Config, Mamba2)
+register("mla", MLAConfig, MLA)
 register("mlp", MLPConfig, MLP)
 register("moe", MoEConfig, MoE)
 register("none", NoMixerConfig, Identity)

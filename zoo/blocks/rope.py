@@ -1,6 +1,9 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, section 3.2), the two halves of a head paired.
 
 (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin),  angle of pair i at position t = t * theta^(-2i/d)
+
+interleaved: the pairs are neighbours, (x1, x2) = (x_2i, x_2i+1), as in the paper. They come out as the two halves:
+queries and keys alike, so that their products are the same.
 """
 
 from __future__ import annotations
@@ -30,6 +33,10 @@ class RopeConfig:
     original_max_position_embeddings  the context before that; needed by yarn and llama3.
     low_freq_factor, high_freq_factor  llama3's ramp.
     beta_fast, beta_slow, attention_factor  yarn's ramp and the factor on cos and sin (default 0.1 ln(factor) + 1).
+    truncate    whether yarn's ramp begins and ends at whole dimensions; default true (gpt-oss: false).
+    mscale, mscale_all_dim  given both, yarn's factor is the quotient of 0.1 mscale ln(factor) + 1 and the same of
+                mscale_all_dim, whose square `mla` has in its softmax instead (DeepSeek-V3).
+    interleaved  pair neighbours instead of the two halves.
     """
 
     type: Literal["default", "linear", "yarn", "llama3"] = "default"
@@ -42,6 +49,10 @@ class RopeConfig:
     beta_fast: Positive | None = None
     beta_slow: Positive | None = None
     attention_factor: Positive | None = None
+    truncate: bool | None = None
+    mscale: Positive | None = None
+    mscale_all_dim: Positive | None = None
+    interleaved: bool = False
 
     def resolve(self, head_dim: int) -> RopeConfig:
         """A copy with `rotary_dim` filled in.
@@ -64,12 +75,13 @@ class RopeConfig:
         return replace(self, rotary_dim=rotary_dim)
 
 
-_RAMPS = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
+_YARN = ("beta_fast", "beta_slow", "attention_factor", "truncate", "mscale", "mscale_all_dim")
+_RAMPS = ("low_freq_factor", "high_freq_factor", *_YARN)
 # type -> (fields it needs, fields it may have)
 _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
-    "yarn": (("factor", "original_max_position_embeddings"), ("beta_fast", "beta_slow", "attention_factor")),
+    "yarn": (("factor", "original_max_position_embeddings"), _YARN),
     "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
 }
 
@@ -130,6 +142,8 @@ class RotaryEmbedding(Float32Module):
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turning, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
+        if self.config.interleaved:
+            turning = turning.unflatten(-1, (-1, 2)).mT.flatten(-2)
         # Rolled by half their number, the dimensions stand where those they are paired with were.
         turned = torch.addcmul(turning * cos, turning.roll(self.rotary_dim // 2, -1), sin)
         return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], dim=-1)

@@ -71,13 +71,22 @@ def rope(fields: Fields, partial: bool = False) -> dict[str, Any]:
     if kind not in ("default", "linear", "yarn", "llama3"):
         raise FamilyError(f"{fields.model_type}: rope_parameters.rope_type is {kind!r}; supported is default, linear, "
                           "yarn or llama3")  # fmt: skip
-    known = RopeConfig.__dataclass_fields__
+    known = set(RopeConfig.__dataclass_fields__) - {"interleaved"}
     for name, value in given.items():
         if name not in known and value is not None:
             raise FamilyError(f"{fields.model_type}: rope_parameters.{name} is {value!r}, which is not supported")
     if kind != "default" and "original_max_position_embeddings" not in given and kind != "linear":
         given["original_max_position_embeddings"] = fields("max_position_embeddings")
     return {"type": kind, "theta": float(theta)} | {name: value for name, value in given.items() if value is not None}
+
+
+def rope_fields(config: RopeConfig, head_dim: int) -> dict[str, Any]:
+    """The inverse of `rope`: `rope_parameters`."""
+    own = ("type", "theta", "rotary_dim", "interleaved")  # the last is a field beside these
+    given = {name: value for name, value in vars(config).items() if name not in own and value is not None}
+    if config.rotary_dim is not None and config.rotary_dim != head_dim:
+        given["partial_rotary_factor"] = config.rotary_dim / head_dim
+    return {"rope_type": config.type, "rope_theta": config.theta} | given
 
 
 def experts(
@@ -140,12 +149,7 @@ def attention_fields(config: AttentionConfig) -> dict[str, Any]:
         "attention_bias": config.bias,
     }
     if config.rope is not None:
-        names = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast",
-                 "beta_slow", "attention_factor")  # fmt: skip
-        scaling = {name: getattr(config.rope, name) for name in names if getattr(config.rope, name) is not None}
-        if config.rope.rotary_dim != config.head_dim:
-            scaling["partial_rotary_factor"] = config.rope.rotary_dim / config.head_dim
-        fields["rope_parameters"] = {"rope_type": config.rope.type, "rope_theta": config.rope.theta} | scaling
+        fields["rope_parameters"] = rope_fields(config.rope, config.head_dim)
     return fields
 
 
