@@ -147,7 +147,7 @@ FIELD_MISTAKES = [
     ("fit-empty-block", "blocks.scan.mixer", {"kind": "none"}, "blocks.scan: has neither a mixer nor an ffn; give one of them"),
     # kinds
     ("kind-mixer", "blocks.softmax.mixer.kind", "atention", "blocks.softmax.mixer.kind: unknown mixer 'atention'; did you mean 'attention'?"),
-    ("kind-mixer-is-ffn", "blocks.softmax.mixer", {"kind": "mlp"}, "blocks.softmax.mixer.kind: unknown mixer 'mlp'; known: " + MIXERS),
+    ("kind-mixer-is-ffn", "blocks.softmax.mixer", {"kind": "mlp"}, "blocks.softmax.mixer.kind: unknown mixer 'mlp'; did you mean 'mla'?"),
     ("kind-mixer-list", "blocks.softmax.mixer.kind", [], "blocks.softmax.mixer.kind: unknown mixer []; known: " + MIXERS),
     ("kind-ffn", "blocks.ssd.ffn.kind", "swiglu", "blocks.ssd.ffn.kind: unknown ffn 'swiglu'; known: mlp, moe, none"),
     ("kind-defaults", "defaults.ffn.kind", "moe2", "defaults.ffn.kind: unknown ffn 'moe2'; did you mean 'moe'?"),

@@ -69,7 +69,6 @@ def test_equals_deepseek(heads, q_lora_rank, bias, rope, interleaved):
     )  # fmt: skip
     ours = mla(
         heads,
-        dtype,
         q_lora_rank=q_lora_rank,
         bias=bias,
         rope=rope | {"theta": 50.0, "interleaved": interleaved},
