@@ -181,6 +181,16 @@ def test_a_model_that_no_family_has():
         zoo.to_hf(zoo.build(config))
 
 
+def test_why_no_family_has_a_model_is_one_line():
+    """Though some configurations of transformers answer in several, with no ValueError: heads that do not divide."""
+    mixer = {"kind": "attention", "num_heads": 3, "head_dim": 6}
+    block = {"mixer": mixer, "ffn": {"kind": "mlp", "intermediate_size": 8, "gated": False}}
+    config = {"vocab_size": 40, "hidden_size": 32, "pattern": "b", "blocks": {"b": block}}
+    with pytest.raises(FamilyError, match=r"is no llama: Class validation error .* is not a multiple") as error:
+        zoo.to_hf(zoo.build(config))
+    assert "\n" not in str(error.value)
+
+
 def test_ours_becomes_theirs():
     """A model that was never theirs."""
     block = {"mixer": {"kind": "mamba2", "head_dim": 8}}

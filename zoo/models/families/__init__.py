@@ -20,6 +20,7 @@ _NAMES = (
     # Mamba-2 beside attention
     "bamba",
     "granitemoehybrid",
+    "nemotron_h",
     # other recurrences
     "lfm2",
     "recurrent_gemma",

@@ -8,11 +8,12 @@ tensors behind the names are the same numbers; a plain name is the same tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -132,6 +133,7 @@ class Family:
     prefix       of a layer's tensors there.
     derived      endings of tensors that follow from the configuration; not read.
     immaterial   fields of the configuration that change no number.
+    former       starts of names in released checkpoints, and what transformers' module calls them.
     """
 
     model_type: str
@@ -144,6 +146,7 @@ class Family:
     prefix: str = "model.layers.{i}."
     derived: tuple[str, ...] = ()
     immaterial: tuple[str, ...] = ()
+    former: Mapping[str, str] = field(default_factory=dict)
 
     def config(self, model: ZooConfig) -> PreTrainedConfig:
         """The family's configuration of a model.
@@ -163,8 +166,8 @@ class Family:
             }
             config = transformers.AutoConfig.for_model(self.model_type, **tokens | common | given)
             again = self.model_file(config)
-        except (AttributeError, KeyError, IndexError, ValueError) as error:
-            raise FamilyError(f"is no {self.model_type}: {error}") from None
+        except (AttributeError, KeyError, IndexError, ValueError, StrictDataclassError) as error:
+            raise FamilyError(f"is no {self.model_type}: {' '.join(str(error).split())}") from None
         difference = _difference(model, again)
         if difference:
             raise FamilyError(f"is no {self.model_type}: {difference}")
@@ -192,6 +195,11 @@ class Family:
             return load_config({name: value for name, value in mapping.items() if value is not None})
         except ConfigError as error:
             raise FamilyError(f"{self.model_type}: {error}") from None
+
+    def present(self, name: str) -> str:
+        """What a tensor of a checkpoint is called in transformers' module, where only the start of its name changed."""
+        start = next((start for start in self.former if name.startswith(start)), "")
+        return self.former.get(start, "") + name.removeprefix(start)
 
     def pairs(self, model: ZooConfig, names: Iterable[str]) -> list[Pair]:
         """Where the tensors of a model, `names`, are there."""
@@ -258,7 +266,7 @@ _IMMATERIAL = {
     "max_position_embeddings", "use_cache", "use_mamba_kernels", "use_mambapy", "use_associative_scan", "chunk_size",
     "block_size", "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "residual_in_fp32",
     "rescale_prenorm_residual", "time_step_min", "time_step_max", "time_step_floor", "time_step_init_scheme",
-    "time_step_scale", "time_step_rank",
+    "time_step_scale", "time_step_rank", "auto_map",
 }  # fmt: skip
 
 

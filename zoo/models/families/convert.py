@@ -185,14 +185,15 @@ def converted(family: Family, model: ZooForCausalLM, tensors: Mapping[str, Tenso
         FamilyError: tensors that are missing, left over (both before the first is read), or of another shape.
     """
     ours = saved_tensors(model)
-    left = {name for name in tensors if not name.endswith(family.derived or ("\0",))}
+    stored = {family.present(name): name for name in tensors}
+    left = {name for name in stored if not name.endswith(family.derived or ("\0",))}
     if model.config.tie_word_embeddings:
         left.discard("lm_head.weight")
     plan, missing = [], []
     for pair in family.pairs(model.config, ours):
-        form = next((form for form in pair.layouts if all(name in tensors for name in form.names())), None)
+        form = next((form for form in pair.layouts if all(name in stored for name in form.names())), None)
         if form is None:
-            missing += [name for name in pair.layouts[0].names() if name not in tensors]
+            missing += [name for name in pair.layouts[0].names() if name not in stored]
         else:
             plan.append((pair, form))
             left.difference_update(form.names())
@@ -201,7 +202,7 @@ def converted(family: Family, model: ZooForCausalLM, tensors: Mapping[str, Tenso
     if left:
         raise FamilyError(f"tensors that nothing here reads: {_some(sorted(left))}")
     for pair, form in plan:
-        theirs = [tensors[name] for name in form.names()]
+        theirs = [tensors[stored[name]] for name in form.names()]
         shapes = [ours[name].shape for name in pair.ours]
         try:
             joined = form.join(theirs, shapes)

@@ -14,6 +14,7 @@ MIXERS = {"linear_attention": "mamba2", "full_attention": "softmax"}
 
 def read(fields: Fields) -> dict[str, Any]:
     fields.only("normalization_function", "rmsnorm", None)
+    fields.only("mlp_bias", False, None)
     rotary = fields.only("position_embedding_type", "rope", "nope", None) == "rope"
     fields("rope_parameters")  # there without a use for them too
     attention = parts.attention(fields, rotary) | {"scale": float(fields("attention_multiplier"))}
