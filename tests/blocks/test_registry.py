@@ -38,7 +38,18 @@ def test_every_kind_is_listed_once():
     assert listed == sorted(listed, key=lambda key: (key[0] != "mixer", key[1]))
     assert len(set(listed)) == len(listed)
     built_in = {
-        "mixer": {"attention", "lightning", "mamba", "mamba2", "none", "parallel", "rglru", "short_conv"},
+        "mixer": {
+            "attention",
+            "gated_delta",
+            "kda",
+            "lightning",
+            "mamba",
+            "mamba2",
+            "none",
+            "parallel",
+            "rglru",
+            "short_conv",
+        },
         "ffn": {"mlp", "moe", "none"},
     }
     for role, names in built_in.items():

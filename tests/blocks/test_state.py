@@ -197,10 +197,10 @@ def test_a_loaded_mask_is_remembered():
             assert mask.sum() == 3 + 4 + 2 + 3
 
 
-@pytest.mark.parametrize("kind", ["lightning", "mamba", "mamba2"])
+@pytest.mark.parametrize("kind", ["lightning", "mamba", "mamba2", "gated_delta", "kda"])
 def test_a_recurrent_state_does_not_share_memory(kind):
     """Continuing one copy leaves the other as it was."""
-    fields = {"lightning": {"num_heads": 2}, "mamba": {}, "mamba2": {"head_dim": 4, "state_size": 4}}[kind]
+    fields = {"mamba": {}, "mamba2": {"head_dim": 4, "state_size": 4}}.get(kind, {"num_heads": 2})
     mixer = perturb(build_part(model_config(hidden_size=8, mixer={"kind": kind, **fields})))
     state, x = mixer.new_state(2, torch.device("cpu"), torch.float32), random_input(2, 5, 8)
     with torch.no_grad():

@@ -65,6 +65,12 @@ SHORT_CONV = {"kind": "short_conv"}
 SHORT_CONV_BIAS = {"kind": "short_conv", "conv_kernel": 4, "bias": True}
 RGLRU = {"kind": "rglru", "num_heads": 4}
 RGLRU_WIDTH = {"kind": "rglru", "num_heads": 2, "width": 20, "conv_kernel": 2}
+GATED_DELTA = {"kind": "gated_delta", "num_heads": 2, "head_dim": 8}
+GATED_DELTA_GROUPS = {
+    "kind": "gated_delta", "num_heads": 2, "num_v_heads": 4, "head_dim": 6, "v_head_dim": 10, "conv_kernel": 3,
+    "negative_eigenvalues": True, "norm_eps": 1.0e-3,
+}  # fmt: skip
+KDA = {"kind": "kda", "num_heads": 2, "head_dim": 8, "conv_kernel": 3}
 
 
 def _stack(pattern: str, blocks: dict[str, dict], **fields: Any) -> dict[str, Any]:
@@ -112,6 +118,9 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "short-conv-bias": _alone(SHORT_CONV_BIAS, MLP),
     "rglru": _alone(RGLRU, MLP),
     "rglru-width": _alone(RGLRU_WIDTH, MLP),
+    "gated-delta": _alone(GATED_DELTA, MLP),
+    "gated-delta-groups": _alone(GATED_DELTA_GROUPS, SHARED_MOE),
+    "kda": _alone(KDA, MLP),
     "minimax": _stack(
         "lightning*2 softmax",
         {"lightning": {"mixer": LIGHTNING}, "softmax": {"mixer": GQA}},

@@ -8,7 +8,7 @@ from tests.conformance.runs import build, chunked, forward, gradients, inputs, p
 from tests.conformance.subjects import SUBJECTS
 from zoo import ops
 from zoo.blocks.attention import Attention
-from zoo.blocks.mla import MLA
+    kernels = [] if modules & {Attention, MLA, GatedDelta, KDA} else [("triton", torch.float32)]
 from zoo.models import ZooModel
 
 LENGTH = 70  # two chunks
@@ -18,9 +18,9 @@ BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 def compared(subject: str) -> list[tuple[str, torch.dtype]]:
-    """Backends and dtypes. The kernels, interpreted here, have no float64, and softmax_attention has none of them."""
+    """Backends and dtypes. The kernels have no float64; softmax_attention and delta_rule have no kernels."""
     modules = {type(module) for module in zoo.build(SUBJECTS[subject], device="meta").modules()}
-    kernels = [] if modules & {Attention, MLA} else [("triton", torch.float32)]
+    kernels = [] if modules & {Attention, MLA, GatedDelta, KDA} else [("triton", torch.float32)]
     return [("torch", torch.float64), ("torch", torch.float32), *kernels]
 
 

@@ -5,6 +5,8 @@ from torch.nn import Identity
 from zoo.blocks.attention import Attention, AttentionConfig
 from zoo.blocks.base import FeedForward, FeedForwardConfig, Mixer, MixerConfig, RouterStatistics
 from zoo.blocks.context import SequenceContext
+from zoo.blocks.gated_delta import GatedDelta, GatedDeltaConfig
+from zoo.blocks.kda import KDA, KDAConfig
 from zoo.blocks.lightning import Lightning, LightningConfig
 from zoo.blocks.mamba import Mamba, MambaConfig
 from zoo.blocks.mamba2 import Mamba2, Mamba2Config
@@ -34,6 +36,8 @@ __all__ = [
 ]
 
 register("attention", AttentionConfig, Attention)
+register("gated_delta", GatedDeltaConfig, GatedDelta)
+register("kda", KDAConfig, KDA)
 register("lightning", LightningConfig, Lightning)
 register("mamba", MambaConfig, Mamba)
 register("mamba2", Mamba2Config, Mamba2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.ops.helpers import relative_error
+from tests.ops.helpers import in_torch, relative_error
 from zoo import yaml
 from zoo.models.families import FAMILIES
 from zoo.models.families.convert import saved_tensors
@@ -28,6 +29,7 @@ def theirs(family: str, index: int, dtype: torch.dtype = torch.float32) -> PreTr
     torch.manual_seed(index)
     config = transformers.AutoConfig.for_model(family, **COMMON | CONFIGS[family][index])
     net = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    in_torch(sys.modules[type(net).__module__])
     with torch.no_grad():
         for name, tensor in saved_tensors(net).items():
             if not name.endswith(FAMILIES[family].derived or ("\0",)):
