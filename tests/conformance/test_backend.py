@@ -8,7 +8,9 @@ from tests.conformance.runs import build, chunked, forward, gradients, inputs, p
 from tests.conformance.subjects import SUBJECTS
 from zoo import ops
 from zoo.blocks.attention import Attention
-    kernels = [] if modules & {Attention, MLA, GatedDelta, KDA} else [("triton", torch.float32)]
+from zoo.blocks.gated_delta import GatedDelta
+from zoo.blocks.kda import KDA
+from zoo.blocks.mla import MLA
 from zoo.models import ZooModel
 
 LENGTH = 70  # two chunks
