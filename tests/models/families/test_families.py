@@ -121,6 +121,10 @@ def test_a_config_of_another_family_is_refused_by_name(tmp_path):
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type"),
         ("mixtral", {"router_jitter_noise": 0.1}, "mixtral: router_jitter_noise is 0.1"),
         ("mamba", {"hidden_act": "gelu"}, "mamba: hidden_act is 'gelu'"),
+        ("qwen3_moe", {"hidden_act": "gelu"}, "qwen3_moe: hidden_act is 'gelu'"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "deepseek_v3: scoring_func is 'softmax'; supported is 'sigmoid'"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "deepseek_v3: num_key_value_heads is 2; supported is 4"),
+        ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "deepseek_v3: quantization_config is "),
         ("llama", {"something_new": 3}, "llama: something_new is 3, which is not supported"),
     ],
 )
@@ -150,6 +154,18 @@ def test_tensors_that_are_missing_left_over_or_of_another_shape(tmp_path):
         save_file(changed, file, metadata={"format": "pt"})
         with pytest.raises(FamilyError, match=message):
             zoo.from_hf(tmp_path)
+
+
+def test_layers_for_the_prediction_of_further_tokens_are_left_out(tmp_path):
+    net = theirs("deepseek_v3", 0)
+    net.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"model.layers.3.eh_proj.weight": torch.zeros(3)}, file, metadata={"format": "pt"})
+    assert close(zoo.from_hf(tmp_path)(ids(net)).logits, net(ids(net)).logits)
+    save_file(tensors | {"model.layers.2.eh_proj.weight": torch.zeros(3)}, file, metadata={"format": "pt"})
+    with pytest.raises(FamilyError, match=r"nothing here reads: model.layers.2.eh_proj.weight"):
+        zoo.from_hf(tmp_path)
 
 
 def test_broken_folders(tmp_path):

@@ -16,6 +16,7 @@ _NAMES = (
     # attention
     # experts
     "qwen3_moe",
+    "deepseek_v3",
     # delta rules
     # Mamba-2 beside attention
     "bamba",

@@ -134,6 +134,7 @@ class Family:
     derived      endings of tensors that follow from the configuration; not read.
     immaterial   fields of the configuration that change no number.
     former       starts of names in released checkpoints, and what transformers' module calls them.
+    further_layers  whether checkpoints hold layers after the last, for the prediction of further tokens; not read.
     """
 
     model_type: str
@@ -147,6 +148,14 @@ class Family:
     derived: tuple[str, ...] = ()
     immaterial: tuple[str, ...] = ()
     former: Mapping[str, str] = field(default_factory=dict)
+    further_layers: bool = False
+
+    def is_read(self, name: str, model: ZooConfig) -> bool:
+        """Whether their tensor `name` holds something that the configuration does not say, of a layer that ours has."""
+        start = self.prefix.partition("{i}")[0]
+        layer = name.removeprefix(start).partition(".")[0] if name.startswith(start) else ""
+        further = self.further_layers and layer.isdigit() and int(layer) >= model.num_hidden_layers
+        return not further and not name.endswith(self.derived or ("\0",))
 
     def config(self, model: ZooConfig) -> PreTrainedConfig:
         """The family's configuration of a model.

@@ -56,7 +56,7 @@ def to_hf(model: ZooForCausalLM) -> PreTrainedModel:
         for name, part in zip(form.names(), parts, strict=True):
             places[name].data = as_exported(part, model.dtype).clone()
             given.add(name)
-    not_given = {name for name in set(places) - given if not name.endswith(family.derived or ("\0",))}
+    not_given = {name for name in set(places) - given if family.is_read(name, model.config)}
     assert not not_given, f"not given: {not_given}"
     return theirs.train(model.training)
 
@@ -186,7 +186,7 @@ def converted(family: Family, model: ZooForCausalLM, tensors: Mapping[str, Tenso
     """
     ours = saved_tensors(model)
     stored = {family.present(name): name for name in tensors}
-    left = {name for name in stored if not name.endswith(family.derived or ("\0",))}
+    left = {name for name in stored if family.is_read(name, model.config)}
     if model.config.tie_word_embeddings:
         left.discard("lm_head.weight")
     plan, missing = [], []
