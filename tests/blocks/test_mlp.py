@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests.blocks.helpers import assert_close, assert_parity, build_part, model_config, perturb, random_input, run_ffn
+from zoo import ConfigError
 
 WEIGHTS = {f"{name}_proj.weight": f"{name}_proj.weight" for name in ("gate", "up", "down")}
 ACTIVATIONS = {
@@ -31,6 +32,17 @@ def test_equals_llama(bias, dtype):
     biases = {name.replace("weight", "bias"): their.replace("weight", "bias") for name, their in WEIGHTS.items()}
     weights = WEIGHTS | biases if bias else WEIGHTS
     assert_parity(ours, run_ffn(ours), theirs, theirs, weights, random_input(2, 7, 12, dtype=dtype))
+
+
+def test_the_gate_is_multiplied_before_its_activation():
+    module = perturb(mlp(gate_scale=0.3, bias=True).double())
+    x = random_input(2, 7, 12, dtype=torch.float64)
+    gate = 0.3 * (x @ module.gate_proj.weight.T + module.gate_proj.bias)
+    up = x @ module.up_proj.weight.T + module.up_proj.bias
+    expected = (gate * torch.sigmoid(gate) * up) @ module.down_proj.weight.T + module.down_proj.bias
+    assert_close(run_ffn(module)(x), expected)
+    with pytest.raises(ConfigError, match=r"ffn\.gate_scale: is of the gate, and there is none; .*, got 0.3"):
+        mlp(gate_scale=0.3, gated=False)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

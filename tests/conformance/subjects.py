@@ -54,6 +54,7 @@ MAMBA2_GROUPS = {
 }  # fmt: skip
 MAMBA2_NORM_FIRST = {**MAMBA2, "norm": "norm_first", "num_heads": 4, "num_groups": 2}
 MAMBA2_NO_NORM = {**MAMBA2, "norm": "none", "multipliers": [0.5, 1.5, 0.7, 1.3, 0.8]}
+GATE_SCALE = {**MLP, "gate_scale": 0.6}
 BESIDE = {
     "kind": "parallel",
     "branches": [MAMBA2_NO_NORM, GQA],
@@ -112,7 +113,7 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "moe-ungated": _alone(LIGHTNING, UNGATED_MOE),
     "mamba2-norm-first": _alone(MAMBA2_NORM_FIRST, MLP),
     "mamba2-no-norm": _alone(MAMBA2_NO_NORM, MLP),
-    "parallel": _alone(BESIDE, MLP),
+    "parallel": _alone(BESIDE, GATE_SCALE),
     "parallel-recurrent": _alone(RECURRENT_BESIDE, MLP),
     "short-conv": _alone(SHORT_CONV, MLP),
     "short-conv-bias": _alone(SHORT_CONV_BIAS, MLP),

@@ -1,6 +1,6 @@
 """Feed-forward: plain (Vaswani et al. 2017, arXiv:1706.03762, section 3.3) or gated (Shazeer 2020, arXiv:2002.05202).
 
-gated   W_down ( act(W_gate x) * (W_up x) )     SwiGLU with silu
+gated   W_down ( act(a W_gate x) * (W_up x) )   SwiGLU with silu; a is gate_scale
 plain   W_down act(W_up x)                      GELU; relu2 is relu(x)^2 (So et al. 2021, arXiv:2109.08668)
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from zoo.blocks.base import FeedForward, FeedForwardConfig, RouterStatistics
 from zoo.blocks.context import SequenceContext
 from zoo.blocks.linear import in_projection, out_projection
-from zoo.schema import Size
+from zoo.schema import FieldError, Size
 
 if TYPE_CHECKING:
     from zoo.config import ZooConfig
@@ -71,12 +71,21 @@ class MLPConfig(FeedForwardConfig):
     activation         silu, gelu, gelu_tanh (its approximation by a tanh, as in GPT-2 and Gemma) or relu2.
     gated              multiply by a second projection (SwiGLU, GEGLU).
     bias               biases on all projections.
+    gate_scale         multiplies the gate before its activation (Falcon-H1).
     """
 
     intermediate_size: Size
     activation: Activation = "silu"
     gated: bool = True
     bias: bool = False
+    gate_scale: float = 1.0
+
+    def resolve(self, model: ZooConfig) -> Self:
+        if self.gate_scale != 1 and not self.gated:
+            raise FieldError(
+                "gate_scale", f"is of the gate, and there is none; give gated: true, got {self.gate_scale}"
+            )
+        return self
 
 
 class MLP(FeedForward):
@@ -92,7 +101,10 @@ class MLP(FeedForward):
     def forward(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, RouterStatistics | None]:
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x))), None
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x)), None
+        gate = self.gate_proj(x)
+        if self.config.gate_scale != 1:
+            gate = self.config.gate_scale * gate
+        return self.down_proj(self.activation(gate) * self.up_proj(x)), None
 
     def flops(self, batch: int, length: int) -> int:
         weights = sum(p.weight.numel() for p in (self.gate_proj, self.up_proj, self.down_proj) if p is not None)

@@ -22,6 +22,7 @@ _NAMES = (
     "bamba",
     "granitemoehybrid",
     "nemotron_h",
+    "falcon_h1",
     # other recurrences
     "lfm2",
     "recurrent_gemma",

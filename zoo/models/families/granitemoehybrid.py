@@ -42,7 +42,7 @@ def write(model: ZooConfig) -> dict[str, Any]:
         "rms_norm_eps": model.norm_config.eps,
         "residual_multiplier": model.layers[0].residual.mixer_scale,
         "embedding_multiplier": model.embedding_scale,
-        "logits_scaling": parts.reciprocal(model.logit_scale),
+        "logits_scaling": parts.solve(lambda factor: 1 / factor, model.logit_scale, 1 / model.logit_scale),
         "num_local_experts": 0,
     }
     if parts.layers_with(model, "attention"):

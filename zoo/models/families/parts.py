@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 from zoo.blocks.attention import AttentionConfig
@@ -181,10 +183,11 @@ def expansion(inner: int, model: ZooConfig) -> int:
     return inner // model.hidden_size
 
 
-def reciprocal(factor: float) -> float:
-    """1 / factor, as short a number as has this factor for its own reciprocal."""
-    exact = 1 / factor
-    return next((x for x in (float(f"{exact:.{digits}g}") for digits in range(1, 17)) if 1 / x == factor), exact)
+def solve(function: Callable[[float], float], value: float, near: float) -> float:
+    """The shortest number, near `near`, of which `function` is `value` to the last bit; `near` if there is none."""
+    rounded = (float(f"{near:.{digits}g}") for digits in range(1, 18))
+    beside = (math.nextafter(near, to) for to in (-math.inf, math.inf))
+    return next((x for x in (*rounded, *beside) if function(x) == value), near)
 
 
 def pattern(names: list[str]) -> str:
