@@ -80,7 +80,7 @@ def test_out_again_bit_for_bit(family, index, dtype):
     assert read(back.config).to_mapping() == read(net.config).to_mapping()
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "jamba"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "jamba", "qwen3_next"])
 def test_rates_that_are_finer_than_the_rest_stay_so(family):
     """A checkpoint in bfloat16 whose A_log is float32, as some are released."""
     net = theirs(family, 0, torch.bfloat16)
@@ -156,15 +156,22 @@ def test_tensors_that_are_missing_left_over_or_of_another_shape(tmp_path):
             zoo.from_hf(tmp_path)
 
 
-def test_layers_for_the_prediction_of_further_tokens_are_left_out(tmp_path):
-    net = theirs("deepseek_v3", 0)
+@pytest.mark.parametrize(
+    ("family", "further", "unknown"),
+    [
+        ("deepseek_v3", "model.layers.3.eh_proj.weight", "model.layers.2.eh_proj.weight"),
+        ("qwen3_next", "mtp.fc.weight", "model.mtp.fc.weight"),
+    ],
+)
+def test_layers_for_the_prediction_of_further_tokens_are_left_out(family, further, unknown, tmp_path):
+    net = theirs(family, 0)
     net.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
-    save_file(tensors | {"model.layers.3.eh_proj.weight": torch.zeros(3)}, file, metadata={"format": "pt"})
+    save_file(tensors | {further: torch.zeros(3)}, file, metadata={"format": "pt"})
     assert close(zoo.from_hf(tmp_path)(ids(net)).logits, net(ids(net)).logits)
-    save_file(tensors | {"model.layers.2.eh_proj.weight": torch.zeros(3)}, file, metadata={"format": "pt"})
-    with pytest.raises(FamilyError, match=r"nothing here reads: model.layers.2.eh_proj.weight"):
+    save_file(tensors | {unknown: torch.zeros(3)}, file, metadata={"format": "pt"})
+    with pytest.raises(FamilyError, match=rf"nothing here reads: {unknown}"):
         zoo.from_hf(tmp_path)
 
 

@@ -18,6 +18,7 @@ _NAMES = (
     "qwen3_moe",
     "deepseek_v3",
     # delta rules
+    "qwen3_next",
     # Mamba-2 beside attention
     "bamba",
     "granitemoehybrid",

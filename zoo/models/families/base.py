@@ -133,6 +133,7 @@ class Family:
     prefix       of a layer's tensors there.
     derived      endings of tensors that follow from the configuration; not read.
     immaterial   fields of the configuration that change no number.
+    beside       starts of names of tensors beside the language model; not read.
     former       starts of names in released checkpoints, and what transformers' module calls them.
     further_layers  whether checkpoints hold layers after the last, for the prediction of further tokens; not read.
     """
@@ -147,6 +148,7 @@ class Family:
     prefix: str = "model.layers.{i}."
     derived: tuple[str, ...] = ()
     immaterial: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     former: Mapping[str, str] = field(default_factory=dict)
     further_layers: bool = False
 
@@ -155,7 +157,7 @@ class Family:
         start = self.prefix.partition("{i}")[0]
         layer = name.removeprefix(start).partition(".")[0] if name.startswith(start) else ""
         further = self.further_layers and layer.isdigit() and int(layer) >= model.num_hidden_layers
-        return not further and not name.endswith(self.derived or ("\0",))
+        return not (further or name.endswith(self.derived) or name.startswith(self.beside))
 
     def config(self, model: ZooConfig) -> PreTrainedConfig:
         """The family's configuration of a model.
