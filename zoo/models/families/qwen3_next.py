@@ -1,4 +1,4 @@
-"""Qwen3-Next (Qwen team 2025): Gated DeltaNet three layers of four, gated attention in the fourth, many small experts."""
+"""Qwen3-Next (Qwen team 2025): Gated DeltaNet in three layers of four, gated attention in the fourth, small experts."""
 
 from __future__ import annotations
 
