@@ -5,6 +5,7 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     JambaConfig,
     LlamaConfig,
     MistralConfig,
@@ -16,6 +17,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2RotaryEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3RotaryEmbedding
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRotaryEmbedding
 from transformers.models.jamba.modeling_jamba import JambaAttention
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralRotaryEmbedding
@@ -196,6 +198,28 @@ def test_window_equals_mistral(window):
     x = random_input(2, LENGTH, 24)
     run = run_theirs(theirs, config, MistralRotaryEmbedding, create_sliding_window_causal_mask)
     assert_close(run_mixer(ours)(x), run(x))
+
+
+@pytest.mark.parametrize(("window", "bias"), [(None, True), (4, False)])
+def test_sink_logits_equal_gpt_oss(window, bias):
+    config = GptOssConfig(
+        hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=10, attention_bias=bias,
+        sliding_window=window, layer_types=["sliding_attention" if window else "full_attention"], num_hidden_layers=1,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    module = GptOssAttention(config, 0)
+    rope = {name.removeprefix("rope_"): value for name, value in config.rope_parameters.items()}
+    ours = attention(
+        24, num_heads=4, num_kv_heads=2, head_dim=10, window=window, bias=bias, sink_logits=True, rope=rope
+    )
+
+    def run(x):
+        positions = torch.arange(x.shape[1])[None]
+        make = create_causal_mask if window is None else create_sliding_window_causal_mask
+        return module(x, GptOssRotaryEmbedding(config)(x, positions), make(config, x, None, None, positions))[0]
+
+    weights = PROJECTIONS | (BIASES if bias else {}) | {"sinks.weight": "sinks"}
+    assert_parity(ours, run_mixer(ours), module, run, weights, random_input(2, LENGTH, 24))
 
 
 @pytest.mark.parametrize("num_sinks", [0, 1, 3])

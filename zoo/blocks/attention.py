@@ -6,7 +6,10 @@
 
 With softcap c the logits are c tanh(s q_t . k_j / c) (Gemma 2, arXiv:2408.00118, section 2). With qk_norm q and k are
 normalised before the rotation, each head by itself (Qwen3, arXiv:2505.09388) or all of them as one vector (OLMo 2,
-arXiv:2501.00656).
+arXiv:2501.00656). With sink_logits every head has a logit of its own, z, that competes with the keys' and has no
+value, so that a head need not attend to anything (gpt-oss, arXiv:2508.10925): with L_t the log-sum-exp of the keys',
+
+    o_t = sigmoid(L_t - z) sum_j softmax_j(s * q_t . k_j) v_j
 
 B batch, T length, H query heads, K key/value heads, D head_dim. Each of the K heads serves H/K consecutive query heads.
 """
@@ -17,7 +20,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import initialization as init
 
 from zoo import ops
 from zoo.blocks.base import Mixer, MixerConfig
@@ -49,6 +53,7 @@ class AttentionConfig(MixerConfig):
     output_bias   a bias on the last projection; default as bias.
     scale         of the logits; default head_dim^-0.5.
     softcap       bounds the logits smoothly to this size; default not at all.
+    sink_logits   a learned logit of each head in its softmax, without a value.
     """
 
     num_heads: Size
@@ -63,6 +68,7 @@ class AttentionConfig(MixerConfig):
     output_bias: bool | None = None
     scale: Positive | None = None
     softcap: Positive | None = None
+    sink_logits: bool = False
 
     def resolve(self, model: ZooConfig) -> Self:
         head_dim = resolve_head_dim(self.head_dim, self.num_heads, model.hidden_size)
@@ -98,6 +104,23 @@ def resolve_head_dim(head_dim: int | None, num_heads: int, hidden_size: int) -> 
     return hidden_size // num_heads if head_dim is None else head_dim
 
 
+class SinkLogits(nn.Module):
+    """A learned logit of each head, beside those of the keys."""
+
+    def __init__(self, num_heads: int, std: float) -> None:
+        super().__init__()
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.weight, std=self.std)
+
+    def forward(self, out: Tensor, lse: Tensor) -> Tensor:
+        """What attention gives with them, of its `out` `[B, T, H, D]` and `lse` `[B, T, H]` without."""
+        return (out * (lse - self.weight.to(lse.dtype)).sigmoid()[..., None]).to(out.dtype)
+
+
 class Attention(Mixer):
     def __init__(self, config: AttentionConfig, model: ZooConfig, layer_idx: int) -> None:
         super().__init__()
@@ -116,6 +139,7 @@ class Attention(Mixer):
         self.q_norm = Norm(inner if whole else self.head_dim, norm) if config.qk_norm else None
         self.k_norm = Norm(inner_kv if whole else self.head_dim, norm) if config.qk_norm else None
         self.rotary = RotaryEmbedding(config.rope) if config.rope is not None else None
+        self.sinks = SinkLogits(self.num_heads, model.initializer_range) if config.sink_logits else None
 
     def forward(self, x: Tensor, context: SequenceContext, state: State | None = None) -> Tensor:
         q = self._heads(self.q_proj(x), self.q_norm)
@@ -142,7 +166,9 @@ class Attention(Mixer):
             softcap=self.config.softcap,
             cu_seqlens=context.cu_seqlens,
             key_mask=key_mask,
-        ).flatten(-2)
+            return_lse=self.sinks is not None,
+        )
+        out = (out if self.sinks is None else self.sinks(*out)).flatten(-2)
         if self.gate_proj is not None:
             out = out * self.gate_proj(x).sigmoid()
         return self.o_proj(out)

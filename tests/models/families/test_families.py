@@ -125,6 +125,7 @@ def test_a_config_of_another_family_is_refused_by_name(tmp_path):
         ("deepseek_v3", {"scoring_func": "softmax"}, "deepseek_v3: scoring_func is 'softmax'; supported is 'sigmoid'"),
         ("deepseek_v3", {"num_key_value_heads": 2}, "deepseek_v3: num_key_value_heads is 2; supported is 4"),
         ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "deepseek_v3: quantization_config is "),
+        ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "gpt_oss: quantization_config is "),
         ("llama", {"something_new": 3}, "llama: something_new is 3, which is not supported"),
     ],
 )

@@ -17,6 +17,7 @@ _NAMES = (
     # experts
     "qwen3_moe",
     "deepseek_v3",
+    "gpt_oss",
     # delta rules
     "qwen3_next",
     # Mamba-2 beside attention
