@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "parallel": {"ops"},
     "blocks": {"ops", "schema", "parallel"},
     "config": {"blocks", "schema", "yaml", "pattern"},
-    "models": {"config", "blocks", "schema", "ops", "parallel"},
+    "models": {"config", "blocks", "schema", "ops", "parallel", "yaml", "pattern"},
     "train": {"", "models", "config", "data", "yaml", "parallel", "blocks"},
     "eval": {"", "models", "config", "data", "yaml"},
     "hub": {"models", "config", "data", "yaml"},

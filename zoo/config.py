@@ -67,6 +67,7 @@ class _ModelFile:
     logit_scale          multiplies what the output head reads (Granite, Falcon-H1).
     logit_softcap        bounds logits: softcap * tanh(logits / softcap) (Gemma 2).
     initializer_range    standard deviation of initial weights.
+    max_position_embeddings  the length it was trained for; limits nothing here, and goes along to other software.
     """
 
     vocab_size: Size
@@ -81,8 +82,9 @@ class _ModelFile:
     logit_scale: Positive = 1.0
     logit_softcap: Positive | None = None
     initializer_range: Positive = 0.02
+    max_position_embeddings: Size | None = None
     bos_token_id: Count | None = None
-    eos_token_id: Count | None = None
+    eos_token_id: Count | list[Count] | None = None
     pad_token_id: Count | None = None
 
 
@@ -119,6 +121,7 @@ class ZooConfig(PreTrainedConfig):
     logit_scale: Any = 1.0
     logit_softcap: Any = None
     initializer_range: Any = 0.02
+    max_position_embeddings: Any = None
     bos_token_id: Any = None
     eos_token_id: Any = None
     pad_token_id: Any = None
@@ -279,8 +282,9 @@ def _resolve(mapping: Mapping[str, Any], model: ZooConfig) -> tuple[tuple[Layer,
     model._num_layers = len(names)  # blocks read it while they resolve, and the norm
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = getattr(file, name)
-        if token is not None and token >= file.vocab_size:
-            raise FieldError(name, f"must be below vocab_size ({file.vocab_size}), got {token}")
+        for each in token if isinstance(token, list) else [token]:
+            if each is not None and each >= file.vocab_size:
+                raise FieldError(name, f"must be below vocab_size ({file.vocab_size}), got {each}")
     norm = file.norm or NormConfig()
     residual = residual_from_mapping(file.residual or {}, "residual")
     model._norm = norm

@@ -12,7 +12,7 @@ from tests.cli.helpers import ENVIRONMENT, ZOO, fails
 from zoo.cli import main
 
 MISTAKES = [
-    ([], "give a command: check, describe, generate; `zoo --help` says what they do"),
+    ([], "give a command: check, describe, generate, import, export; `zoo --help` says what they do"),
     (["genrate"], "genrate: unknown command; did you mean 'generate'?"),
     (["check"], "FILE is missing; `zoo COMMAND --help` says what it is"),
     (["generate"], "DIR is missing; `zoo COMMAND --help` says what it is"),

@@ -14,12 +14,12 @@ from typing import ClassVar, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from zoo.cli import check, describe, generate
+from zoo.cli import check, describe, export, generate, import_
 from zoo.cli.errors import CommandError
 from zoo.config import ConfigError
 from zoo.schema import nearest
 
-VERBS = {"check": check, "describe": describe, "generate": generate}
+VERBS = {"check": check, "describe": describe, "generate": generate, "import": import_, "export": export}
 
 
 class _Parser(ArgumentParser):

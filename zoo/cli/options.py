@@ -39,3 +39,12 @@ def length(text: Any) -> int:
     if not 1 <= tokens <= 2**40:
         raise ArgumentTypeError(f"must be a number of tokens such as 4096, 128k or 1M, got {text!r}")
     return tokens
+
+
+def byte_size(text: Any) -> int:
+    """A size in bytes: 5GB, 200MB, 1.5GB. Powers of 1,000, as file sizes are."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([kmgt]?)b?", str(text).strip().lower(), re.ASCII)
+    size = round(float(match[1]) * 1000 ** " kmgt".index(match[2] or " ")) if match else 0
+    if size < 1:
+        raise ArgumentTypeError(f"must be a size such as 5GB or 200MB, got {text!r}")
+    return size

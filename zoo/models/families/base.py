@@ -118,6 +118,10 @@ class Pair(NamedTuple):
     layouts: list[Form]
 
 
+# Fields that are the same in both.
+CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+
+
 @dataclass(frozen=True)
 class Family:
     """An architecture of transformers.
@@ -132,8 +136,10 @@ class Family:
     blocks       tensors by kind of mixer or feed-forward; each may be a function of its config.
     prefix       of a layer's tensors there.
     derived      endings of tensors that follow from the configuration; not read.
+    derive       those of layer i, for a checkpoint that is written, by name within the layer.
     immaterial   fields of the configuration that change no number.
     beside       starts of names of tensors beside the language model; not read.
+    notes        what a user should know who reads such a configuration, one line each.
     former       starts of names in released checkpoints, and what transformers' module calls them.
     further_layers  whether checkpoints hold layers after the last, for the prediction of further tokens; not read.
     """
@@ -147,8 +153,10 @@ class Family:
     blocks: Mapping[str, Names | Callable[[Any], Names]]
     prefix: str = "model.layers.{i}."
     derived: tuple[str, ...] = ()
+    derive: Callable[[PreTrainedConfig, int], Mapping[str, Tensor]] = lambda config, i: {}
     immaterial: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    notes: Callable[[PreTrainedConfig], tuple[str, ...]] = lambda config: ()
     former: Mapping[str, str] = field(default_factory=dict)
     further_layers: bool = False
 
@@ -167,7 +175,7 @@ class Family:
         """
         try:
             given = self.write(model)
-            tokens = {name: getattr(model, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            carried = {name: getattr(model, name) for name in CARRIED if getattr(model, name) is not None}
             common = {
                 "vocab_size": model.vocab_size,
                 "hidden_size": model.hidden_size,
@@ -175,7 +183,7 @@ class Family:
                 "initializer_range": model.initializer_range,
                 "tie_word_embeddings": model.tie_word_embeddings,
             }
-            config = transformers.AutoConfig.for_model(self.model_type, **tokens | common | given)
+            config = transformers.AutoConfig.for_model(self.model_type, **carried | common | given)
             again = self.model_file(config)
         except (AttributeError, KeyError, IndexError, ValueError, StrictDataclassError) as error:
             raise FamilyError(f"is no {self.model_type}: {' '.join(str(error).split())}") from None
@@ -196,8 +204,7 @@ class Family:
             "hidden_size": given("hidden_size"),
             "initializer_range": given("initializer_range"),
             "tie_word_embeddings": given("tie_word_embeddings"),
-            **{name: given(name) for name in ("bos_token_id", "pad_token_id")},
-            "eos_token_id": given.one_token("eos_token_id"),
+            **{name: given(name) for name in CARRIED},
         }
         given("num_hidden_layers")  # follows from the pattern
         mapping = common | self.read(given)
@@ -209,8 +216,11 @@ class Family:
 
     def present(self, name: str) -> str:
         """What a tensor of a checkpoint is called in transformers' module, where only the start of its name changed."""
-        start = next((start for start in self.former if name.startswith(start)), "")
-        return self.former.get(start, "") + name.removeprefix(start)
+        return _other_start(name, self.former)
+
+    def released(self, name: str) -> str:
+        """The inverse of `present`."""
+        return _other_start(name, {now: before for before, now in self.former.items()})
 
     def pairs(self, model: ZooConfig, names: Iterable[str]) -> list[Pair]:
         """Where the tensors of a model, `names`, are there."""
@@ -225,12 +235,8 @@ class Family:
         """The pair that our tensor `name` is in."""
         names, ours, theirs, rest, experts = self.outside, "", "", name, 0
         if name.startswith("model.layers."):
-            *start, rest = name.split(".", 3)
-            layer, ours, theirs = (
-                model.layers[int(start[2])],
-                ".".join(start) + ".",
-                self.prefix.replace("{i}", start[2]),
-            )
+            _, _, i, rest = name.split(".", 3)
+            layer, ours, theirs = model.layers[int(i)], f"model.layers.{i}.", self.prefix.replace("{i}", i)
             role, _, inner = rest.partition(".")
             names = self.layer(layer) if callable(self.layer) else self.layer
             if role in ("mixer", "ffn"):
@@ -251,6 +257,11 @@ class Family:
             tuple(full(ours, each) for each in ((key,) if isinstance(key, str) else key)),
             [form.at(lambda name: full(theirs, name), experts) for form in forms],
         )
+
+
+def _other_start(name: str, starts: Mapping[str, str]) -> str:
+    start = next((start for start in starts if name.startswith(start)), "")
+    return starts.get(start, "") + name.removeprefix(start)
 
 
 def _difference(one: Any, other: Any) -> str | None:
@@ -308,12 +319,6 @@ class Fields:
         if value not in allowed:
             choices = " or ".join(shown(each) for each in allowed)
             raise FamilyError(f"{self.model_type}: {name} is {shown(value)}; supported is {choices}")
-        return value
-
-    def one_token(self, name: str) -> int | None:
-        value = self(name)
-        if isinstance(value, list):
-            raise FamilyError(f"{self.model_type}: {name} is {shown(value)}; supported is one token")
         return value
 
     def finish(self) -> None:

@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from zoo.config import ZooConfig
+from zoo.config import ZooConfig, load_config
 from zoo.models.build import build
 from zoo.models.families import FAMILIES
-from zoo.models.families.base import Family, FamilyError, Form
+from zoo.models.families.base import Family, FamilyError, Form, Pair, Same
+from zoo.models.families.checkpoint import Checkpoint, Renamed, family_named
+from zoo.models.hybridize import hybridize, replaced
 from zoo.models.modeling import ZooForCausalLM
-from zoo.schema import nearest
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LISTED = 5  # names in an error message
 
 
-def from_hf(source: PreTrainedModel | str | Path) -> ZooForCausalLM:
+def from_hf(
+    source: PreTrainedModel | str | Path, *, overrides: Iterable[str] = (), replace: Iterable[str] = ()
+) -> ZooForCausalLM:
     """A model of transformers as ours: the same numbers, in the dtype of its weights (rates and decays in float32).
 
     Args:
         source: a causal language model, or the folder of one: config.json and safetensors. Nothing in it is run.
+        overrides: changes of the model file, as `load_config` takes them: `blocks.softmax.mixer.rope.rotary_dim=64`.
+        replace: layers that get another mixer, as `zoo.models.hybridize` reads them: `softmax@1,3,5=lightning`.
 
     Raises:
         FamilyError: an architecture or an option that ours does not have; files that are missing or broken; tensors
             that are missing, left over, or of another shape.
+        ConfigError: an override or a replacement that does not fit.
     """
     if isinstance(source, PreTrainedModel):
-        return _load(source.config, source.state_dict())
+        return _fill(*read_model(source.config, source.state_dict(), overrides, replace))
     with Checkpoint(Path(source)) as checkpoint:
-        return _load(checkpoint.config, checkpoint)
+        return _fill(*read_model(checkpoint.config, checkpoint, overrides, replace))
 
 
 def to_hf(model: ZooForCausalLM) -> PreTrainedModel:
@@ -72,15 +74,18 @@ def family_of(model: ZooConfig) -> tuple[Family, PreTrainedConfig]:
     """The family that has this model, and its configuration there.
 
     Raises:
-        FamilyError: none has; with what stands in the way of each.
+        FamilyError: none has; with what stands in the way of the nearest.
     """
-    reasons = []
+    reasons = {}
     for family in FAMILIES.values():
         try:
             return family, family.config(model)
         except FamilyError as error:
-            reasons.append(str(error))
-    raise FamilyError("no family of transformers has this model: " + "; ".join(reasons))
+            reasons[family.model_type] = str(error)
+    kinds = [part.kind for layer in model.layers for part in (layer.mixer, layer.ffn) if part.kind != "none"]
+    # The one that has most of its layers, and little else.
+    near = max(FAMILIES.values(), key=lambda each: (sum(kind in each.blocks for kind in kinds), -len(each.blocks)))
+    raise FamilyError(f"no family of transformers has this model; of the nearest, it {reasons[near.model_type]}")
 
 
 def as_exported(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -89,84 +94,31 @@ def as_exported(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
-class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of a folder's safetensors files, read when asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if not (folder / "config.json").is_file():
-            raise FamilyError(f"{folder}: has no config.json; give the folder of a transformers checkpoint")
-        self.config = read_config(folder / "config.json")
-        self.files: dict[str, Any] = {}
-        self.place = self._index()
-
-    def _index(self) -> dict[str, str]:
-        index = self.folder / INDEX
-        if index.is_file():
-            try:
-                return dict(json.loads(index.read_text())["weight_map"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise FamilyError(f"{index}: is no index of shards: {error!r}") from None
-        if not (self.folder / SINGLE).is_file():
-            others = sorted(f.name for f in self.folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-            hint = f"; {others[0]} is a pickle and is not read: convert it to safetensors" if others else ""
-            raise FamilyError(f"{self.folder}: has neither {SINGLE} nor {INDEX}{hint}")
-        return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
-
-    def _open(self, file: str) -> Any:
-        if file not in self.files:
-            try:
-                self.files[file] = safe_open(self.folder / file, framework="pt")
-            except Exception as error:  # safetensors raises its own, OSError and others
-                raise FamilyError(f"{self.folder / file}: cannot be read: {error}") from None
-        return self.files[file]
-
-    def __getitem__(self, name: str) -> Tensor:
-        try:
-            return self._open(self.place[name]).get_tensor(name)
-        except FamilyError:
-            raise
-        except Exception as error:
-            raise FamilyError(f"{self.folder / self.place[name]}: {name}: {error}") from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.place)
-
-    def __len__(self) -> int:
-        return len(self.place)
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.files.clear()
-
-
-def read_config(file: Path) -> PreTrainedConfig:
-    """A config.json of a family we know.
+def read_model(
+    config: PreTrainedConfig, tensors: Mapping[str, Tensor], overrides: Iterable[str] = (), replace: Iterable[str] = ()
+) -> tuple[ZooForCausalLM, Iterator[tuple[str, Tensor]]]:
+    """Our model of a checkpoint, on the meta device, and its tensors by name, made one layer at a time.
 
     Raises:
-        FamilyError: it is broken, or of another architecture.
+        as from_hf; of the tensors, while they are iterated over.
     """
-    try:
-        values = json.loads(file.read_text())
-        model_type = values.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise FamilyError(f"{file}: cannot be read: {error}") from None
-    family_named(model_type, str(file))
-    return CONFIG_MAPPING[model_type].from_json_file(file)
+    family = None if isinstance(config, ZooConfig) else family_named(config.model_type, type(config).__name__)
+    ours = config if family is None else family.model_file(config)
+    assert isinstance(ours, ZooConfig)
+    before = load_config(ours.to_mapping(), overrides)
+    if family is not None:
+        tensors = Renamed(tensors, family.present)
+    dtype = _dtype(family, before, tensors)
+    model = build(before, device="meta", dtype=dtype)
+    hybrid = hybridize(before, replace)
+    if not hybrid.replaced:
+        return model, converted(family, model, tensors)
+    after = build(hybrid.config, device="meta", dtype=dtype)
+    return after, replaced(hybrid, converted(family, model, tensors), dtype)
 
 
-def family_named(model_type: object, where: str) -> Family:
-    if model_type not in FAMILIES:
-        raise FamilyError(f"{where}: unknown model_type {model_type!r}; {nearest(str(model_type), FAMILIES)}")
-    return FAMILIES[str(model_type)]
-
-
-def _load(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> ZooForCausalLM:
-    family = family_named(config.model_type, type(config).__name__)
-    model = build(family.model_file(config), device="meta", dtype=_dtype(tensors))
-    found = dict(converted(family, model, tensors))
+def _fill(model: ZooForCausalLM, tensors: Iterator[tuple[str, Tensor]]) -> ZooForCausalLM:
+    found = dict(tensors)
     model.to_empty(device=next(iter(found.values())).device)
     for module in model.modules():
         if any(True for _ in module.buffers(recurse=False)):
@@ -178,22 +130,24 @@ def _load(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> ZooForCaus
     return model.eval()
 
 
-def converted(family: Family, model: ZooForCausalLM, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors by name, one after the other, of theirs; `model` may be on the meta device.
+def converted(
+    family: Family | None, model: ZooForCausalLM, tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors by name, one after the other, of theirs (of ours where there is no family); `model` may be on the
+    meta device.
 
     Raises:
         FamilyError: tensors that are missing, left over (both before the first is read), or of another shape.
     """
     ours = saved_tensors(model)
-    stored = {family.present(name): name for name in tensors}
-    left = {name for name in stored if family.is_read(name, model.config)}
+    left = {name for name in tensors if family is None or family.is_read(name, model.config)}
     if model.config.tie_word_embeddings:
         left.discard("lm_head.weight")
     plan, missing = [], []
-    for pair in family.pairs(model.config, ours):
-        form = next((form for form in pair.layouts if all(name in stored for name in form.names())), None)
+    for pair in _pairs(family, model.config, ours):
+        form = next((form for form in pair.layouts if all(name in tensors for name in form.names())), None)
         if form is None:
-            missing += [name for name in pair.layouts[0].names() if name not in stored]
+            missing += [name for name in pair.layouts[0].names() if name not in tensors]
         else:
             plan.append((pair, form))
             left.difference_update(form.names())
@@ -202,7 +156,7 @@ def converted(family: Family, model: ZooForCausalLM, tensors: Mapping[str, Tenso
     if left:
         raise FamilyError(f"tensors that nothing here reads: {_some(sorted(left))}")
     for pair, form in plan:
-        theirs = [tensors[stored[name]] for name in form.names()]
+        theirs = [tensors[name] for name in form.names()]
         shapes = [ours[name].shape for name in pair.ours]
         try:
             joined = form.join(theirs, shapes)
@@ -222,12 +176,18 @@ def _expected(form: Form, shapes: list[torch.Size]) -> str:
     return ", ".join(str(list(tensor.shape)) for tensor in theirs)
 
 
-def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+def _dtype(family: Family | None, model: ZooConfig, tensors: Mapping[str, Tensor]) -> torch.dtype:
     """Of the embedding: what else there is may be in float32 on purpose."""
-    name = next((name for name in tensors if name.endswith(("embed_tokens.weight", "embeddings.weight"))), None)
-    if name is None:
-        raise FamilyError("missing tensors: the embedding")
-    return tensors[name].dtype
+    (pair,) = _pairs(family, model, ["model.embed_tokens.weight"])
+    for form in pair.layouts:
+        for name in form.names():
+            if name in tensors:
+                return tensors[name].dtype
+    raise FamilyError(f"missing tensors: {pair.layouts[0].names()[0]}")
+
+
+def _pairs(family: Family | None, model: ZooConfig, names: Iterable[str]) -> list[Pair]:
+    return [Pair((name,), [Same(name)]) for name in names] if family is None else family.pairs(model, names)
 
 
 def _some(names: list[str]) -> str:

@@ -5,6 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+from transformers import MiniMaxConfig, PreTrainedConfig
+from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+
 from zoo.config import ZooConfig
 from zoo.models.families import parts
 from zoo.models.families.base import Family, Fields
@@ -55,6 +59,14 @@ def write(model: ZooConfig) -> dict[str, Any]:
     return fields | parts.expert_fields(parts.first(model, "moe"), "num_local_experts")
 
 
+def derive(config: PreTrainedConfig, i: int) -> dict[str, Tensor]:
+    """The decays that transformers saves, from its own layer, made as narrow as can be."""
+    if config.layer_types[i] != "linear_attention":
+        return {}
+    narrow = MiniMaxConfig(**config.to_dict() | {"hidden_size": 2, "head_dim": 2})
+    return {f"self_attn.{name}": tensor for name, tensor in MiniMaxLightningAttention(narrow, i).named_buffers()}
+
+
 FAMILY = Family(
     model_type="minimax",
     model_class="MiniMaxForCausalLM",
@@ -73,4 +85,5 @@ FAMILY = Family(
         "moe": parts.EXPERTS,
     },
     derived=("slope_rate", "query_decay", "key_decay", "diagonal_decay"),
+    derive=derive,
 )

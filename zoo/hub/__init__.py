@@ -1,0 +1,1 @@
+"""Weights in and out: folders of other formats, and the Hugging Face Hub."""
