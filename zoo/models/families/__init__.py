@@ -20,6 +20,7 @@ _NAMES = (
     "gpt_oss",
     # delta rules
     "qwen3_next",
+    "olmo_hybrid",
     # Mamba-2 beside attention
     "bamba",
     "granitemoehybrid",
