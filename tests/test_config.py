@@ -70,7 +70,7 @@ def edited(path: str, value: object) -> dict:
 
 REMOVE = object()
 KNOWN = ", ".join(FIELDS)
-ATTENTION = "num_heads, num_kv_heads, head_dim, rope, window, num_sinks, qk_norm, bias, output_gate, output_bias, scale, softcap"
+ATTENTION = "num_heads, num_kv_heads, head_dim, rope, window, num_sinks, qk_norm, bias, output_gate, output_bias, scale, softcap, sink_logits, concat_embeddings"
 
 # id, path, value, message
 MIXERS = ", ".join(kind.name for kind in kinds() if kind.role == "mixer")
@@ -82,9 +82,9 @@ FIELD_MISTAKES = [
     ("key-mixer", "blocks.softmax.mixer.num_head", 4, "blocks.softmax.mixer.num_head: unknown key; did you mean 'num_heads'?"),
     ("key-mixer-far", "blocks.softmax.mixer.zzz", 4, f"blocks.softmax.mixer.zzz: unknown key; known: {ATTENTION}"),
     ("key-rope", "blocks.softmax.mixer.rope.thetta", 1e4, "blocks.softmax.mixer.rope.thetta: unknown key; did you mean 'theta'?"),
-    ("key-ffn", "blocks.ssd.ffn.num_experts", 4, "blocks.ssd.ffn.num_experts: unknown key; known: intermediate_size, activation, gated, bias"),
+    ("key-ffn", "blocks.ssd.ffn.num_experts", 4, "blocks.ssd.ffn.num_experts: unknown key; known: intermediate_size, activation, gated, bias, gate_scale"),
     ("key-none", "blocks.scan.ffn.width", 4, "blocks.scan.ffn.width: unknown key; remove it, there are no keys here"),
-    ("key-defaults", "defaults.mlp", {}, "defaults.mlp: unknown key; known: mixer, ffn, norm, residual"),
+    ("key-defaults", "defaults.mlp", {}, "defaults.mlp: unknown key; known: mixer, ffn, norm, residual, shared"),
     ("key-defaults-ffn", "defaults.ffn.topk", 2, "defaults.ffn.topk: unknown key; did you mean 'top_k'?"),
     ("key-router", "defaults.ffn.router.aux_loss", 1, "defaults.ffn.router.aux_loss: unknown key; did you mean 'aux_loss_coef'?"),
     ("key-norm", "norm.epsilon", 1e-5, "norm.epsilon: unknown key; did you mean 'eps'?"),
@@ -152,7 +152,7 @@ FIELD_MISTAKES = [
     ("kind-ffn", "blocks.ssd.ffn.kind", "swiglu", "blocks.ssd.ffn.kind: unknown ffn 'swiglu'; known: mlp, moe, none"),
     ("kind-defaults", "defaults.ffn.kind", "moe2", "defaults.ffn.kind: unknown ffn 'moe2'; did you mean 'moe'?"),
     ("kind-residual", "residual.kind", "normalised", "residual.kind: unknown residual 'normalised'; did you mean 'normalized'?"),
-    ("kind-residual-map", "residual.kind", {}, "residual.kind: unknown residual {}; known: pre, post, reordered, sandwich, normalized, parallel"),
+    ("kind-residual-map", "residual.kind", {}, "residual.kind: unknown residual {}; known: pre, post, reordered, sandwich, normalized, parallel, serial, skip"),
     ("kind-norm", "norm.kind", "rmsnorm", "norm.kind: must be one of rms, layer, got 'rmsnorm'; did you mean 'rms'?"),
     ("kind-rope", "blocks.softmax.mixer.rope.type", "yarm", "blocks.softmax.mixer.rope.type: must be one of default, linear, yarn, llama3, got 'yarm'; did you mean 'yarn'?"),
     ("kind-activation", "blocks.ssd.ffn.activation", "swish", "blocks.ssd.ffn.activation: must be one of silu, gelu, gelu_tanh, relu2, got 'swish'"),

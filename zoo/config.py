@@ -21,6 +21,7 @@ from zoo.blocks import kind_of
 from zoo.blocks.norm import NormConfig
 from zoo.blocks.registry import FeedForwardPart, MixerPart
 from zoo.blocks.residual import Residual, residual_from_mapping
+from zoo.blocks.shared import SharedConfig, shared_from_value
 from zoo.pattern import PatternError, parse
 from zoo.schema import (
     Count,
@@ -49,6 +50,7 @@ class Layer:
     ffn: FeedForwardPart
     norm: NormConfig
     residual: Residual
+    shared: SharedConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class _ModelFile:
 
     vocab_size           tokens the embedding knows.
     hidden_size          width of the residual stream.
-    blocks               name -> {mixer, ffn, norm, residual}.
+    blocks               name -> {mixer, ffn, norm, residual, shared}.
     pattern              the order of blocks, bottom to top.
     defaults             merged under every block.
     residual             how sublayers join the stream: {kind: pre}.
@@ -95,7 +97,7 @@ _DEFAULTS = {
     for field in dataclasses.fields(_ModelFile)
     if field.default not in (dataclasses.MISSING, None)
 }
-_BLOCK_FIELDS = ("mixer", "ffn", "norm", "residual")
+_BLOCK_FIELDS = ("mixer", "ffn", "norm", "residual", "shared")
 
 
 class ZooConfig(PreTrainedConfig):
@@ -299,6 +301,8 @@ def _resolve(mapping: Mapping[str, Any], model: ZooConfig) -> tuple[tuple[Layer,
     for name in names:
         if name not in blocks:
             raise FieldError("pattern", f"unknown block {shown(name)}; {nearest(name, blocks)}")
+    if blocks[names[0]].residual.needs_earlier:
+        raise FieldError("pattern", f"begins with {names[0]!r}, whose residual needs a layer below; put one before it")
     return tuple(blocks[name] for name in names), norm
 
 
@@ -336,7 +340,19 @@ def _resolve_block(
         ffn,
         norm,
         residual.resolve(model),
+        _resolve_shared(merged.get("shared"), mixer, ffn, join(path, "shared")),
     )
+
+
+def _resolve_shared(value: Any, mixer: MixerPart, ffn: FeedForwardPart, path: str) -> SharedConfig | None:
+    shared = shared_from_value(value, path)
+    if shared is not None:
+        for role, part in (("mixer", mixer), ("ffn", ffn)):
+            rank = getattr(shared, f"{role}_adapter")
+            if rank is not None and not getattr(kind_of(role, part.kind).module_class, "adapted", ()):  # type: ignore[arg-type]
+                problem = f"{part.kind} has no projections that take one, got {rank}; remove it"
+                raise FieldError(join(path, f"{role}_adapter"), problem)
+    return shared
 
 
 def _merge(default: Any, given: Any) -> Any:
@@ -355,6 +371,9 @@ def _check_defaults(defaults: dict) -> None:
         path = join("defaults", key)
         if key not in _BLOCK_FIELDS:
             raise FieldError(path, f"unknown key; {nearest(key, _BLOCK_FIELDS)}")
+        if key == "shared":
+            shared_from_value(value, path)
+            continue
         if not isinstance(value, dict):
             raise FieldError(path, f"must be a mapping, got {shown(value)}")
         if key == "norm":

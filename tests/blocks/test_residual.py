@@ -70,7 +70,26 @@ def test_parallel_reads_one_stream():
     assert_close(module(x, context)[0], x + mixed + module.ffn(module.ffn_norm(x), context)[0])
 
 
-@pytest.mark.parametrize("kind", ["pre", "post", "reordered", "sandwich", "normalized", "parallel"])
+def test_serial_is_one_behind_the_other():
+    module, x = layer({"kind": "serial"}), random_input(2, 5, 8, dtype=torch.float64)
+    context = SequenceContext.of(x)
+    mixed = module.mixer(module.mixer_norm(x), context)
+    assert_close(module(x, context)[0], x + module.ffn(module.ffn_norm(mixed), context)[0])
+
+
+def test_skip_goes_on_from_the_stream_below():
+    x, below = (random_input(2, 5, 8, dtype=torch.float64, seed=seed) for seed in (1, 2))
+    config = {"vocab_size": 8, "hidden_size": 8, "pattern": "first second", "blocks": {
+        "first": {"mixer": MIXER}, "second": {"mixer": MIXER, "ffn": FFN, "residual": {"kind": "skip"}},
+    }}  # fmt: skip
+    config = load_config(config)
+    module, context = perturb(DecoderLayer(config.layers[1], config, 1).double()), SequenceContext.of(x)
+    mixed = below + module.mixer(module.mixer_norm(x), context)
+    expected = mixed + module.ffn(module.ffn_norm(mixed), context)[0]
+    assert_close(module(x, context, None, None, below)[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["pre", "post", "reordered", "sandwich", "normalized", "parallel", "serial"])
 def test_norms_are_there_where_they_are_used(kind):
     module = layer({"kind": kind}, ffn={"kind": "none"})
     assert module.ffn is module.ffn_norm is module.ffn_second_norm is None

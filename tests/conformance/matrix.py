@@ -34,7 +34,7 @@ INVARIANTS = {
 # What of a layer can change the outcome of checks that take long; a layer that brings none of it anew is not run again.
 PARTS = {
     "precision": lambda layer: (layer.mixer,) if layer.mixer.kind != "none" else (),
-    "compile": lambda layer: (layer.mixer, layer.ffn, layer.residual, layer.norm),
+    "compile": lambda layer: (layer.mixer, layer.ffn, layer.residual, layer.norm, layer.shared),
 }
 
 # Cells that are not run, each with its reason: (invariant, subject or "*").

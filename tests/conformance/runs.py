@@ -9,6 +9,7 @@ from torch import Tensor
 
 import zoo
 from tests.conformance.subjects import HIDDEN_SIZE, SUBJECTS
+from zoo.blocks import Mixer, SequenceContext, State
 from zoo.models import ZooCache, ZooModel
 
 
@@ -32,6 +33,11 @@ def inputs(batch: int, length: int, dtype: torch.dtype = torch.float64, seed: in
     """Random embeddings `[batch, length, hidden]`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, length, HIDDEN_SIZE, dtype=dtype, generator=generator)
+
+
+def mix(mixer: Mixer, x: Tensor, context: SequenceContext, state: State | None = None) -> Tensor:
+    """A mixer by itself; one that reads the embeddings beside the stream gets x for both."""
+    return mixer(torch.cat([x, x], -1) if mixer.reads_embeddings else x, context, state)
 
 
 def forward(model: ZooModel, x: Tensor, **arguments: object) -> Tensor:

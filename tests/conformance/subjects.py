@@ -137,6 +137,26 @@ SUBJECTS: dict[str, dict[str, Any]] = {
             "softmax": {"mixer": NO_ROPE, "ffn": MLP},
         },
     ),
+    "zamba": _stack(
+        "mamba2 shared after mamba2 shared after",
+        {
+            "mamba2": {"mixer": MAMBA2},
+            "shared": {
+                "mixer": {"kind": "attention", "num_heads": 4, "head_dim": 16, "concat_embeddings": True},
+                "ffn": MLP,
+                "residual": {"kind": "serial"},
+                "shared": {"mixer_adapter": 3, "ffn_adapter": 5, "out_proj": True},
+            },
+            "after": {"mixer": MAMBA2, "residual": {"kind": "skip"}},
+        },
+    ),
+    "shared": _stack(
+        "plain*2 adapted*2 plain",
+        {
+            "plain": {"mixer": LIGHTNING, "ffn": MOE, "shared": True},
+            "adapted": {"mixer": MAMBA2, "ffn": GELU, "residual": {"kind": "skip"}, "shared": {"mixer_adapter": 2}},
+        },
+    ),
     "all-pre": _stack(
         ALL_PATTERN, ALL_KINDS, norm={"kind": "layer"}, residual={"kind": "pre", "mixer_scale": 0.6, "ffn_scale": 1.4}
     ),

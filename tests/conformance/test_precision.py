@@ -7,7 +7,7 @@ import torch
 import zoo
 from tests.conformance.conftest import Measure
 from tests.conformance.matrix import PARTS
-from tests.conformance.runs import build, chunked, inputs
+from tests.conformance.runs import build, chunked, inputs, mix
 from tests.conformance.subjects import SUBJECTS, new_layers
 from zoo import ops
 from zoo.blocks import KeyValueState, SequenceContext
@@ -27,9 +27,9 @@ def test_bfloat16_stays_near_float32_over_16k_tokens(subject: str, measure: Meas
     context = SequenceContext.of(x)
     for i in new_layers(subject, PARTS["precision"]):
         state = rounded.layers[i].mixer.new_state(1, x.device, x.dtype)
-        out = rounded.layers[i].mixer(x, context, state)
+        out = mix(rounded.layers[i].mixer, x, context, state)
         assert out.dtype == torch.bfloat16
-        measure(f"layer {i}", out, model.layers[i].mixer(x.float(), context), BOUND)
+        measure(f"layer {i}", out, mix(model.layers[i].mixer, x.float(), context), BOUND)
         for each in getattr(state, "branches", [state]):
             if not isinstance(each, KeyValueState):
                 assert {tensor.dtype for tensor in each.tensors.values()} == {torch.float32}

@@ -54,6 +54,7 @@ class AttentionConfig(MixerConfig):
     scale         of the logits; default head_dim^-0.5.
     softcap       bounds the logits smoothly to this size; default not at all.
     sink_logits   a learned logit of each head in its softmax, without a value.
+    concat_embeddings  read the token embeddings beside the stream, `[batch, length, 2 * hidden]` (Zamba).
     """
 
     num_heads: Size
@@ -69,6 +70,7 @@ class AttentionConfig(MixerConfig):
     scale: Positive | None = None
     softcap: Positive | None = None
     sink_logits: bool = False
+    concat_embeddings: bool = False
 
     def resolve(self, model: ZooConfig) -> Self:
         head_dim = resolve_head_dim(self.head_dim, self.num_heads, model.hidden_size)
@@ -122,13 +124,17 @@ class SinkLogits(nn.Module):
 
 
 class Attention(Mixer):
+    adapted = (("q_proj",), ("k_proj",), ("v_proj",), ("gate_proj",))
+
     def __init__(self, config: AttentionConfig, model: ZooConfig, layer_idx: int) -> None:
         super().__init__()
         assert config.head_dim is not None and config.num_kv_heads is not None, "resolve() fills them in"
         assert config.output_bias is not None, "resolve() fills it in"
         self.config = config
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        hidden, inner, inner_kv = model.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.reads_embeddings = config.concat_embeddings
+        hidden = model.hidden_size * (2 if config.concat_embeddings else 1)
+        inner, inner_kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = in_projection(model, hidden, inner, config.bias)
         self.k_proj = in_projection(model, hidden, inner_kv, config.bias)
         self.v_proj = in_projection(model, hidden, inner_kv, config.bias)

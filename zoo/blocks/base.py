@@ -66,7 +66,13 @@ class Float32Module(nn.Module):
 
 
 class Part(Float32Module):
-    """What mixers and feed-forwards share."""
+    """What mixers and feed-forwards share.
+
+    adapted  names of the projections that read the part's input, to which a shared block may add at each depth
+             (shared.py); those in one group are pieces of one matrix.
+    """
+
+    adapted: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     def num_params(self) -> int:
         """Parameters, counted from the fields without touching a tensor's data (works on the meta device)."""
@@ -85,7 +91,12 @@ class Part(Float32Module):
 
 
 class Mixer(Part):
-    """Mixes information along the sequence."""
+    """Mixes information along the sequence.
+
+    reads_embeddings  whether its input is the stream beside the token embeddings, `[batch, length, 2 * hidden]`.
+    """
+
+    reads_embeddings = False
 
     @abstractmethod
     def forward(self, x: Tensor, context: SequenceContext, state: State | None = None) -> Tensor:

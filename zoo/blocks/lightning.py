@@ -71,6 +71,7 @@ def decay_slopes(num_heads: int, layer_idx: int, num_layers: int, rule: str = "a
 
 
 class Lightning(Mixer):
+    adapted = (("qkv_proj",), ("gate_proj",))
     log_decay: Tensor
     float32 = ("log_decay",)
 

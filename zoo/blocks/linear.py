@@ -31,6 +31,23 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class AdaptedLinear(Linear):
+    """Linear with an addition of low rank: `down` `[rank, in]` and `up` `[out, rank]` are lent to it for a call, by
+    torch.func.functional_call; without them it is Linear."""
+
+    down: Tensor | None
+    up: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, *, std: float, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, std=std, bias=bias)
+        self.register_parameter("down", None)
+        self.register_parameter("up", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.down is None or self.up is None else y + linear(linear(x, self.down), self.up)
+
+
 class Embedding(nn.Embedding):
     """nn.Embedding with normal weights of standard deviation `std`."""
 

@@ -71,6 +71,7 @@ def initial_dt_bias(size: int) -> Tensor:
 
 
 class Mamba(Mixer):
+    adapted = (("in_proj",),)
     float32 = ("A_log", "D", "dt_bias")
 
     def __init__(self, config: MambaConfig, model: ZooConfig, layer_idx: int) -> None:

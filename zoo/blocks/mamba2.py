@@ -104,6 +104,7 @@ class Multiply(Float32Module):
 
 
 class Mamba2(Mixer):
+    adapted = (("in_proj",),)
     float32 = ("A_log", "D", "dt_bias")
 
     def __init__(self, config: Mamba2Config, model: ZooConfig, layer_idx: int) -> None:

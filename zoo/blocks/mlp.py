@@ -89,6 +89,8 @@ class MLPConfig(FeedForwardConfig):
 
 
 class MLP(FeedForward):
+    adapted = (("gate_proj", "up_proj"),)
+
     def __init__(self, config: MLPConfig, model: ZooConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config

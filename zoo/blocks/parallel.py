@@ -47,6 +47,8 @@ class ParallelConfig(MixerConfig):
         for i, branch in enumerate(self.branches):
             if branch.kind == "none":
                 raise FieldError(f"branches[{i}].kind", "must be a mixer, got 'none'; remove the branch")
+            if getattr(branch.config, "concat_embeddings", False):
+                raise FieldError(f"branches[{i}].concat_embeddings", "a branch reads the stream alone; remove it")
         branches = [branch.resolve(model, f"branches[{i}]") for i, branch in enumerate(self.branches)]
         return replace(
             self,

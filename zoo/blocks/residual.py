@@ -6,6 +6,8 @@ reordered   x + norm(f(x))                         OLMo 2, arXiv:2501.00656, sec
 sandwich    x + norm2(f(norm(x)))                  Ding et al. 2021, arXiv:2105.13290, section 2.4
 normalized  h = norm(x); alpha*h + beta*f(h)       MiniMax-01, arXiv:2501.08313, section 2.2.2 (released model)
 parallel    x + mixer(norm(x)) + ffn(norm'(x))     Wang and Komatsuzaki 2021 (GPT-J); here with a norm each
+serial      x + ffn(norm'(mixer(norm(x))))         Zamba, arXiv:2405.16712, section 2
+skip        x' + f(norm(x))                        the same; x' is the stream that the layer below was given
 """
 
 from __future__ import annotations
@@ -42,12 +44,13 @@ class Residual:
     """
 
     has_second_norm = False
+    needs_earlier = False  # the stream that the layer below was given
 
     def resolve(self, model: ZooConfig) -> Self:
         """A copy with every default that depends on the model filled in."""
         return self
 
-    def __call__(self, x: Tensor, sublayers: Sequence[Sublayer]) -> Tensor:
+    def __call__(self, x: Tensor, sublayers: Sequence[Sublayer], earlier: Tensor | None = None) -> Tensor:
         for sublayer in sublayers:
             x = self.add(x, sublayer)
         return x
@@ -135,8 +138,34 @@ class Normalized(Residual):
 class Parallel(Residual):
     """x + mixer(norm(x)) + ffn(norm'(x)): both read the same stream."""
 
-    def __call__(self, x: Tensor, sublayers: Sequence[Sublayer]) -> Tensor:
+    def __call__(self, x: Tensor, sublayers: Sequence[Sublayer], earlier: Tensor | None = None) -> Tensor:
         return x + sum(sublayer.f(sublayer.norm(x)) for sublayer in sublayers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serial(Residual):
+    """x + ffn(norm'(mixer(norm(x)))): one behind the other, and the stream beside both."""
+
+    def __call__(self, x: Tensor, sublayers: Sequence[Sublayer], earlier: Tensor | None = None) -> Tensor:
+        y = x
+        for sublayer in sublayers:
+            y = sublayer.f(sublayer.norm(y))
+        return x + y
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skip(Residual):
+    """x' + f(norm(x)): what the layer below added to its stream x' is read here, and goes no further. A second sublayer
+    joins as in pre."""
+
+    needs_earlier = True
+
+    def __call__(self, x: Tensor, sublayers: Sequence[Sublayer], earlier: Tensor | None = None) -> Tensor:
+        first, *rest = sublayers
+        x = (x if earlier is None else earlier) + first.f(first.norm(x))
+        for sublayer in rest:
+            x = x + sublayer.f(sublayer.norm(x))
+        return x
 
 
 RESIDUALS: dict[str, type[Residual]] = {
@@ -146,6 +175,8 @@ RESIDUALS: dict[str, type[Residual]] = {
     "sandwich": Sandwich,
     "normalized": Normalized,
     "parallel": Parallel,
+    "serial": Serial,
+    "skip": Skip,
 }
 
 

@@ -83,6 +83,7 @@ class BlockDiagonal(nn.Module):
 
 
 class RGLRU(Mixer):
+    adapted = (("x_proj",), ("y_proj",))
     float32 = ("a_param",)
 
     def __init__(self, config: RGLRUConfig, model: ZooConfig, layer_idx: int) -> None:

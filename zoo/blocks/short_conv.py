@@ -39,6 +39,8 @@ class ShortConvConfig(MixerConfig):
 
 
 class ShortConv(Mixer):
+    adapted = (("in_proj",),)
+
     def __init__(self, config: ShortConvConfig, model: ZooConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config

@@ -59,7 +59,8 @@ def run(arguments: Namespace) -> None:
 
 
 def rows(summary: Summary) -> Iterator[tuple[str, ...]]:
-    """HEADER's columns for every run of layers, then embedding and head together, then the total."""
+    """HEADER's columns for every run of layers, then weights that layers share, then embedding and head together, then
+    the total."""
     total = summary.total
 
     def figures(cost: zoo.models.summary.Cost) -> tuple[str, ...]:
@@ -68,6 +69,9 @@ def rows(summary: Summary) -> Iterator[tuple[str, ...]]:
     for run in runs(summary.config.layers):
         name = run.layer.name if run.count == 1 else f"{run.layer.name} x {run.count}"
         yield span(run.first, run.last), name, parts(run.layer), *figures(summary.blocks[run.layer.name] * run.count)
+    for name, cost in summary.shared.items():
+        layer = next(layer for layer in summary.config.layers if layer.name == name)
+        yield "", f"{name}, shared", parts(layer), *figures(cost)
     ends = "embedding = head" if summary.config.tie_word_embeddings else "embedding, head"
     yield "", ends, "", *figures(summary.ends)
     yield "total", "", "", *figures(total)

@@ -23,7 +23,7 @@ from zoo.blocks.linear import Embedding, Linear
 from zoo.blocks.norm import Norm
 from zoo.config import ZooConfig
 from zoo.models.cache import ZooCache
-from zoo.models.decoder import DecoderLayer
+from zoo.models.decoder import Block, build_layer
 from zoo.models.loss import IGNORE_INDEX, linear_cross_entropy, router_loss
 
 
@@ -59,7 +59,7 @@ class ZooPreTrainedModel(PreTrainedModel):
     config_class = ZooConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DecoderLayer"]
+    _no_split_modules = ["DecoderLayer", "SharedLayer", "Block"]
     _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "correction_bias", "a_param"]
     _supports_sdpa = True
     _is_stateful = True  # assisted generation needs a cache that can forget, and is refused
@@ -77,7 +77,9 @@ class ZooModel(ZooPreTrainedModel):
     def __init__(self, config: ZooConfig) -> None:
         super().__init__(config)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, std=config.initializer_range)
-        self.layers = nn.ModuleList(DecoderLayer(layer, config, i) for i, layer in enumerate(config.layers))
+        blocks: dict[str, Block] = {}
+        self.layers = nn.ModuleList(build_layer(layer, config, i, blocks) for i, layer in enumerate(config.layers))
+        self.shared = nn.ModuleList(blocks.values())  # in the order of their first use
         self.norm = Norm(config.hidden_size, config.norm_config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -124,8 +126,11 @@ class ZooModel(ZooPreTrainedModel):
         )
         states = [None] * len(self.layers) if past_key_values is None else past_key_values.layers
         hidden_states, statistics = [x], []
+        embeddings = earlier = x
         for layer, state in zip(self.layers, states, strict=True):
-            x, *router = layer(x, context, state)
+            reads_embeddings = layer.mixer is not None and layer.mixer.reads_embeddings
+            given = (embeddings if reads_embeddings else None, earlier if layer.residual.needs_earlier else None)
+            earlier, (x, *router) = x, layer(x, context, state, *given)
             statistics.append(RouterStatistics(*router) if router else None)
             if output_hidden_states:
                 hidden_states.append(x)
@@ -235,14 +240,13 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
 
     def num_active_params(self) -> int:
         """Parameters one token passes through; less than num_params only with experts."""
-        ffns = [layer.ffn for layer in self.model.layers if layer.ffn is not None]
+        ffns = {layer.ffn for layer in self.model.layers if layer.ffn is not None}  # a shared one once
         return self.num_params() - sum(ffn.num_params() - ffn.num_active_params() for ffn in ffns)
 
     def flops(self, batch: int, length: int) -> int:
         """Matrix-multiply FLOPs of one forward pass with logits; a training step takes three times as many."""
-        parts = [part for layer in self.model.layers for part in (layer.mixer, layer.ffn) if part is not None]
         head = 2 * batch * length * self.lm_head.weight.numel()
-        return head + sum(part.flops(batch, length) for part in parts)
+        return head + sum(layer.flops(batch, length) for layer in self.model.layers)
 
     def state_bytes(self, batch: int, length: int) -> int:
         """Bytes of the cache after `length` tokens."""

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zoo.blocks import SequenceContext
 from zoo.blocks.norm import Norm
 from zoo.config import Layer, ZooConfig
-from zoo.models.decoder import DecoderLayer
+from zoo.models.decoder import Block, build_layer
 
 PROBE_TOKENS = 1024  # saved activations are proportional to the tokens; measured at this many
 OPTIMIZER_BYTES = 8  # AdamW's two running averages, float32
@@ -62,16 +62,19 @@ class Run:
 
 @dataclass(frozen=True)
 class Summary:
-    """Costs of a model: `blocks` by name (one layer each), `ends` for embedding, final norm and output head."""
+    """Costs of a model: `blocks` by name (one layer each), `shared` for the weights that all layers of a block share
+    (and that `blocks` leaves out), `ends` for embedding, final norm and output head."""
 
     config: ZooConfig
     length: int
     blocks: dict[str, Cost]
+    shared: dict[str, Cost]
     ends: Cost
 
     @property
     def total(self) -> Cost:
-        return sum((self.blocks[run.layer.name] * run.count for run in runs(self.config.layers)), self.ends)
+        layers = (self.blocks[run.layer.name] * run.count for run in runs(self.config.layers))
+        return sum((*layers, *self.shared.values()), self.ends)
 
     def training_bytes(self, batch: int) -> dict[str, int]:
         """Bytes that a training step over `[batch, length]` tokens holds, by what they hold: float32, AdamW, no
@@ -102,7 +105,7 @@ def summarize(config: ZooConfig, length: int) -> Summary:
     """
     layers = {layer.name: layer for layer in config.layers}
     try:
-        blocks = {name: _block_cost(layer, config, length) for name, layer in layers.items()}
+        costs = {name: _block_cost(layer, config, length) for name, layer in layers.items()}
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise
@@ -112,28 +115,41 @@ def summarize(config: ZooConfig, length: int) -> Summary:
     matrix = config.vocab_size * config.hidden_size
     params = norm + (matrix if config.tie_word_embeddings else 2 * matrix)
     # Kept for the backward pass: the last layer's output, the final norm's output, and its gradient.
-    return Summary(config, length, blocks, Cost(params, params, 2 * length * matrix, 0, 3 * 4 * config.hidden_size))
+    blocks = {name: layer for name, (layer, _) in costs.items()}
+    shared = {name: weights for name, (_, weights) in costs.items() if weights is not None}
+    ends = Cost(params, params, 2 * length * matrix, 0, 3 * 4 * config.hidden_size)
+    return Summary(config, length, blocks, shared, ends)
 
 
-def _block_cost(layer: Layer, config: ZooConfig, length: int) -> Cost:
+def _block_cost(layer: Layer, config: ZooConfig, length: int) -> tuple[Cost, Cost | None]:
+    """Of one layer, and of what it shares with the others of its block."""
+    blocks: dict[str, Block] = {}
     with FakeTensorMode():
-        saved_bytes = _saved_bytes(DecoderLayer(layer, config, layer_idx=0), config.hidden_size)
+        module = build_layer(layer, config, 0, blocks)
+        saved_bytes = _saved_bytes(module, [module, *blocks.values()], config.hidden_size)
     with torch.device("meta"):
-        module = DecoderLayer(layer, config, layer_idx=0).to(torch.bfloat16)
+        module = build_layer(layer, config, 0, blocks := {}).to(torch.bfloat16)
+    for block in blocks.values():
+        block.to(torch.bfloat16)
     parts = [part for part in (module.mixer, module.ffn) if part is not None]
-    params = sum(parameter.numel() for parameter in module.parameters())
-    return Cost(
-        params=params,
-        active_params=params - sum(part.num_params() - part.num_active_params() for part in parts),
-        flops=sum(part.flops(1, length) for part in parts),
+    idle = sum(part.num_params() - part.num_active_params() for part in parts)
+    own, common = (
+        sum(parameter.numel() for part in parts for parameter in part.parameters())
+        for parts in ([module], blocks.values())
+    )
+    cost = Cost(
+        params=own,
+        active_params=own if blocks else own - idle,
+        flops=module.flops(1, length),
         state_bytes=module.mixer.state_bytes(1, length) if module.mixer is not None else 0,
         activation_bytes=saved_bytes / PROBE_TOKENS,
     )
+    return cost, Cost(common, common - idle, 0, 0, 0) if blocks else None
 
 
-def _saved_bytes(module: DecoderLayer, hidden_size: int) -> int:
-    """Bytes that autograd keeps of a forward pass over PROBE_TOKENS tokens, without the weights."""
-    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+def _saved_bytes(module: nn.Module, owners: list[nn.Module], hidden_size: int) -> int:
+    """Bytes that autograd keeps of a forward pass over PROBE_TOKENS tokens, without the weights, all of `owners`."""
+    weights = {parameter.untyped_storage()._cdata for owner in owners for parameter in owner.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
