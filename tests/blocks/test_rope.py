@@ -70,6 +70,47 @@ def test_interleaved_equals_deepseek(head_dim):
         assert_close(ours, theirs)
 
 
+def longrope(head_dim, **more):
+    """Six pairs that are all scaled otherwise."""
+    factors = {"short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5], "long_factor": [1.5, 2.0, 4.0, 9.0, 16.0, 31.0]}
+    fields = {"factor": 4.0, "original_max_position_embeddings": 16} | factors | more
+    theirs = LlamaConfig(head_dim=12, rope_parameters={"rope_type": "longrope", "rope_theta": 500.0, **fields})
+    ours = RopeConfig(type="longrope", theta=500.0, **fields).resolve(head_dim)
+    return RotaryEmbedding(ours), LlamaRotaryEmbedding(theirs)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 40])
+@pytest.mark.parametrize("more", [{}, {"attention_factor": 1.7}])
+def test_longrope_equals_llama_on_both_sides_of_the_switch(length, more):
+    ours, theirs = longrope(12, **more)
+    q, k = random_input(2, length, 3, 12, seed=1), random_input(2, length, 2, 12, seed=2)
+    positions = torch.arange(length).expand(2, length)
+    expected = apply_rotary_pos_emb(q, k, *theirs(q, positions), unsqueeze_dim=2)
+    for mine, their in zip(ours(q, k, positions), expected, strict=True):
+        assert_close(mine, their)
+
+
+def test_longrope_goes_by_the_length_of_each_row_and_document():
+    ours, _ = longrope(12)
+    q = random_input(1, 30, 2, 12)
+    rows = [torch.arange(20), torch.cat([torch.zeros(6, dtype=torch.long), torch.arange(14)])]  # the second left-padded
+    packed = torch.cat([torch.arange(9), torch.arange(1), torch.arange(17), torch.arange(3)])[None]
+    for start, stop in ((0, 9), (9, 10), (10, 27), (27, 30)):
+        alone = ours(q[:, start:stop], q[:, start:stop], torch.arange(stop - start)[None])[0]
+        assert torch.equal(ours(q, q, packed)[0][:, start:stop], alone)
+    both = ours(q[:, :20].expand(2, -1, -1, -1), q[:, :20].expand(2, -1, -1, -1), torch.stack(rows))[0]
+    assert torch.equal(both[:1], ours(q[:, :20], q[:, :20], rows[0][None])[0])
+    assert torch.equal(both[1:, 6:], ours(q[:, 6:20], q[:, 6:20], torch.arange(14)[None])[0])
+    assert not torch.equal(both[0, 6:], ours(q[:, 6:20], q[:, 6:20], rows[0][None, 6:] - 6)[0][0])
+
+
+def test_longrope_of_a_chunk_goes_by_the_length_so_far():
+    ours, _ = longrope(12)
+    q = random_input(1, 20, 2, 12)
+    whole = ours(q, q, torch.arange(20)[None])[0]
+    assert torch.equal(ours(q[:, 18:], q[:, 18:], torch.arange(18, 20)[None])[0], whole[:, 18:])
+
+
 @pytest.mark.parametrize("name", TYPES)
 def test_partial_rotation_leaves_the_rest_alone(name):
     q = random_input(1, 5, 2, 20)
@@ -93,6 +134,10 @@ def test_frequencies_are_float32_and_never_saved():
 
 
 def test_reset_parameters_fills_a_meta_module():
+    with torch.device("meta"):
+        module = longrope(12)[0]
+    module.to_empty(device="cpu").reset_parameters()
+    assert module.inv_freq.shape == (2, 6) and torch.equal(module.inv_freq, longrope(12)[0].inv_freq)
     for name in TYPES:
         with torch.device("meta"):
             module = rotary(name, 16)
@@ -108,6 +153,17 @@ def test_reset_parameters_fills_a_meta_module():
         ({"factor": 2.0}, "factor: does not belong to rope type default"),
         ({"type": "linear"}, "factor: is missing; rope type linear"),
         ({"type": "yarn", "factor": 2.0}, "original_max_position_embeddings: is missing"),
+        ({"type": "longrope", "factor": 2.0, "original_max_position_embeddings": 8}, "short_factor: is missing"),
+        (
+            {
+                "type": "longrope",
+                "factor": 2.0,
+                "original_max_position_embeddings": 8,
+                "short_factor": [1.0] * 8,
+                "long_factor": [1.0] * 7,
+            },
+            "long_factor: must have 8 numbers, half of rotary_dim; got 7",
+        ),
         (TYPES["llama3"] | {"type": "llama3", "beta_fast": 1.0}, "beta_fast: does not belong"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from transformers.utils import ModelOutput
 from zoo.blocks import RouterStatistics, SequenceContext
 from zoo.blocks.linear import Embedding, Linear
 from zoo.blocks.norm import Norm
+from zoo.blocks.rope import RotaryEmbedding
 from zoo.config import ZooConfig
 from zoo.models.cache import ZooCache
 from zoo.models.decoder import Block, build_layer
@@ -81,6 +83,9 @@ class ZooModel(ZooPreTrainedModel):
         self.layers = nn.ModuleList(build_layer(layer, config, i, blocks) for i, layer in enumerate(config.layers))
         self.shared = nn.ModuleList(blocks.values())  # in the order of their first use
         self.norm = Norm(config.hidden_size, config.norm_config)
+        # The lengths beyond which all tokens of a sequence turn otherwise (LongRoPE).
+        rotaries = [module for module in self.modules() if isinstance(module, RotaryEmbedding)]
+        self.switches = sorted({rotary.switch for rotary in rotaries if rotary.switch is not None})
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -116,6 +121,11 @@ class ZooModel(ZooPreTrainedModel):
             raise ValueError(
                 f"attention_mask must be {[batch, length]}, or {[batch, past + length]} with the past, got {got}"
             )
+        if past_key_values is not None and self.outgrown(past_key_values, attention_mask, length):
+            raise ValueError(
+                f"the cache was begun within {self.switches[0]} tokens, beyond which LongRoPE turns all of them "
+                "otherwise; give the whole sequence anew, as generate() does"
+            )
         context = SequenceContext.of(
             x,
             position_ids=position_ids,
@@ -144,6 +154,13 @@ class ZooModel(ZooPreTrainedModel):
             hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
             router_statistics=tuple(statistics),
         )
+
+    def outgrown(self, cache: ZooCache, attention_mask: Tensor | None, length: int) -> bool:
+        """Whether a row of `cache`, `length` tokens on, is longer than what its states were made for."""
+        new = length if attention_mask is None else attention_mask[:, -length:].sum(1)
+        # A first token stands at position 0, which never turns.
+        crosses = [(cache.seen > 1) & (cache.seen <= switch) & (cache.seen + new > switch) for switch in self.switches]
+        return any(bool(each.any()) for each in crosses)
 
     def new_cache(self, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> ZooCache:
         """The states before the first token; keys and values in `dtype`."""
@@ -256,6 +273,25 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # generate() must not make a key/value cache; see _prepare_cache_for_generation
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: ZooCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        # A cache that LongRoPE has outgrown is made anew, of all tokens.
+        if past_key_values is not None and input_ids.shape[1] > past_key_values.get_seq_length():
+            length = input_ids.shape[1] - past_key_values.get_seq_length()
+            if self.model.outgrown(past_key_values, attention_mask, length):
+                past_key_values.reset()
+                next_sequence_length = None
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, **kwargs
+        )
 
     def _prepare_cache_for_generation(
         self,

@@ -70,7 +70,7 @@ def test_the_same_loss_and_gradients(family, index):
 @pytest.mark.parametrize(("family", "index"), CASES)
 def test_out_again_bit_for_bit(family, index, dtype):
     net = theirs(family, index, dtype)
-    back = zoo.to_hf(zoo.from_hf(net))
+    back = zoo.to_hf(zoo.from_hf(net), family)
     assert type(back) is type(net) and back.training == net.training
     before, after = net.state_dict(), back.state_dict()
     assert list(before) == list(after)
@@ -127,6 +127,19 @@ def test_a_config_of_another_family_is_refused_by_name(tmp_path):
         ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "deepseek_v3: quantization_config is "),
         ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "gpt_oss: quantization_config is "),
         ("llama", {"something_new": 3}, "llama: something_new is 3, which is not supported"),
+        ("llama", {"sliding_window": 4}, "llama: sliding_window is 4, which is not supported"),
+        ("mistral", {"attention_bias": True}, "mistral: attention_bias is true, which is not supported"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "layer_types has sliding_attention, but sliding_window"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 2}, "layer_types has 'chunked_attention'; supported is"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is true; supported is false"),
+        ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'; supported is 'gelu_pytorch_tanh'"),
+        ("phi3", {"resid_pdrop": 0.1}, "phi3: resid_pdrop is 0.1; supported is 0"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 5, "sliding_window": 4}, "use_sliding_window is false"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5; supported is 1",
+        ),
     ],
 )
 def test_an_option_that_ours_lacks_is_refused(family, change, message):
@@ -213,6 +226,18 @@ def test_why_no_family_has_a_model_is_one_line():
     with pytest.raises(FamilyError, match=r"is no llama: Class validation error .* is not a multiple") as error:
         zoo.to_hf(zoo.build(config))
     assert "\n" not in str(error.value)
+
+
+def test_a_model_that_several_families_have():
+    """The plainest is taken unless another is asked for; one that has it not says why."""
+    ours = zoo.from_hf(theirs("mistral", 1))  # no window
+    assert type(zoo.to_hf(ours)) is transformers.LlamaForCausalLM
+    assert type(zoo.to_hf(ours, "mistral")) is transformers.MistralForCausalLM
+    assert type(zoo.to_hf(zoo.from_hf(theirs("mistral", 0)))) is transformers.MistralForCausalLM
+    with pytest.raises(FamilyError, match=r"is no qwen2: layers.0.mixer.config.bias is false, there true"):
+        zoo.to_hf(ours, "qwen2")
+    with pytest.raises(FamilyError, match=r"to_hf: unknown model_type 'mistrall'; did you mean 'mistral'"):
+        zoo.to_hf(ours, "mistrall")
 
 
 def test_ours_becomes_theirs():

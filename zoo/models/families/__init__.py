@@ -14,6 +14,13 @@ _NAMES = (
     "mixtral",
     "llama",
     # attention
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "olmo2",
+    "gemma2",
+    "smollm3",
+    "phi3",
     # experts
     "qwen3_moe",
     "deepseek_v3",

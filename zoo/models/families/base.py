@@ -309,6 +309,10 @@ class Fields:
         value = self.values.get(name)
         return default if value is None else value
 
+    def own(self, name: str, default: Any = None) -> Any:
+        """The field's value where the family has such a field: the others ignore it, and then it must not be there."""
+        return self(name, default) if name in self.defaults else default
+
     def only(self, name: str, *allowed: Any) -> Any:
         """The field's value, one of `allowed`.
 

@@ -42,23 +42,31 @@ def from_hf(
         return _fill(*read_model(checkpoint.config, checkpoint, overrides, replace))
 
 
-def to_hf(model: ZooForCausalLM) -> PreTrainedModel:
+def to_hf(model: ZooForCausalLM, family: str | None = None) -> PreTrainedModel:
     """Our model as its family's own class in transformers, with copies of the weights.
 
+    Args:
+        family: as which, by its model_type, where several have such a model (Mistral without a window is a Llama);
+            by default the first of FAMILIES.
+
     Raises:
-        FamilyError: no family has such a model.
+        FamilyError: no family has such a model, or not this one.
     """
-    family, config = family_of(model.config)
-    theirs = getattr(transformers, family.model_class)(config).to(model.dtype)
+    if family is None:
+        found, config = family_of(model.config)
+    else:
+        found = family_named(family, "to_hf")
+        config = found.config(model.config)
+    theirs = getattr(transformers, found.model_class)(config).to(model.dtype)
     places, ours = saved_tensors(theirs), saved_tensors(model)
     given = set()
-    for pair in family.pairs(model.config, ours):
+    for pair in found.pairs(model.config, ours):
         form = pair.layouts[-1]
         parts = form.split([ours[name].detach() for name in pair.ours])
         for name, part in zip(form.names(), parts, strict=True):
             places[name].data = as_exported(part, model.dtype).clone()
             given.add(name)
-    not_given = {name for name in set(places) - given if family.is_read(name, model.config)}
+    not_given = {name for name in set(places) - given if found.is_read(name, model.config)}
     assert not not_given, f"not given: {not_given}"
     return theirs.train(model.training)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from zoo.blocks.attention import AttentionConfig
 from zoo.blocks.moe import MoEConfig
-from zoo.blocks.rope import RopeConfig
+from zoo.blocks.rope import SCALING, RopeConfig
 from zoo.config import ZooConfig
 from zoo.models.families.base import FamilyError, Fields, Form, Names, PerExpert
 
@@ -18,7 +18,9 @@ OUTSIDE = {
     "lm_head.weight": "lm_head.weight",
 }
 LAYER = {"mixer_norm.weight": "input_layernorm.weight", "ffn_norm.weight": "post_attention_layernorm.weight"}
-ATTENTION = {f"{part}_proj.*": f"self_attn.{part}_proj.*" for part in "qkvo"}
+ATTENTION = {
+    f"{part}.*": f"self_attn.{part}.*" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+}
 MLP = {f"{part}_proj.*": f"{part}_proj.*" for part in ("gate", "up", "down")}
 # As Mixtral was released; transformers holds all experts in one tensor.
 EXPERTS = {
@@ -52,8 +54,8 @@ def attention(fields: Fields, rotary: bool = True, partial: bool = False) -> dic
         "num_kv_heads": fields("num_key_value_heads", heads),
         "head_dim": fields("head_dim", fields("hidden_size") // heads),
         "rope": rope(fields, partial) if rotary else None,
-        "window": fields("sliding_window"),
-        "bias": fields("attention_bias", False),
+        "window": fields.own("sliding_window"),
+        "bias": fields.own("attention_bias", False),
     }
 
 
@@ -64,30 +66,37 @@ def rope(fields: Fields, partial: bool = False) -> dict[str, Any]:
     Raises:
         FamilyError: a kind of scaling, or a parameter of one, that ours does not have.
     """
-    given = dict(fields("rope_parameters"))
-    kind = given.pop("rope_type", "default")
-    theta = given.pop("rope_theta")
-    if partial:
-        head_dim = fields("head_dim", fields("hidden_size") // fields("num_attention_heads"))
-        given["rotary_dim"] = int(head_dim * (given.pop("partial_rotary_factor", None) or 1))
-    if kind not in ("default", "linear", "yarn", "llama3"):
+    given = {name: value for name, value in fields("rope_parameters").items() if value is not None}
+    kind, theta = given.pop("rope_type", "default"), given.pop("rope_theta")
+    given.pop("type", None)  # the older name of rope_type
+    turning = given.pop("partial_rotary_factor", 1.0)
+    if turning != 1 and not partial:
+        raise FamilyError(f"{fields.model_type}: rope_parameters.partial_rotary_factor is {turning!r}; supported is 1")
+    if kind not in ("default", "linear", "yarn", "llama3", "longrope"):
         raise FamilyError(f"{fields.model_type}: rope_parameters.rope_type is {kind!r}; supported is default, linear, "
-                          "yarn or llama3")  # fmt: skip
-    known = set(RopeConfig.__dataclass_fields__) - {"interleaved"}
+                          "yarn, llama3 or longrope")  # fmt: skip
     for name, value in given.items():
-        if name not in known and value is not None:
+        if name not in SCALING:
             raise FamilyError(f"{fields.model_type}: rope_parameters.{name} is {value!r}, which is not supported")
-    if kind != "default" and "original_max_position_embeddings" not in given and kind != "linear":
-        given["original_max_position_embeddings"] = fields("max_position_embeddings")
-    return {"type": kind, "theta": float(theta)} | {name: value for name, value in given.items() if value is not None}
+    if kind in ("yarn", "llama3", "longrope"):
+        context = given.setdefault("original_max_position_embeddings", fields("max_position_embeddings"))
+        if kind == "longrope":
+            given.setdefault("factor", fields("max_position_embeddings") / context)
+    if turning != 1:
+        head_dim = fields("head_dim", fields("hidden_size") // fields("num_attention_heads"))
+        given["rotary_dim"] = int(head_dim * turning)
+    return {"type": kind, "theta": float(theta)} | given
 
 
-def rope_fields(config: RopeConfig, head_dim: int) -> dict[str, Any]:
+def rope_fields(config: RopeConfig, head_dim: int | None) -> dict[str, Any]:
     """The inverse of `rope`: `rope_parameters`."""
-    own = ("type", "theta", "rotary_dim", "interleaved")  # the last is a field beside these
-    given = {name: value for name, value in vars(config).items() if name not in own and value is not None}
-    if config.rotary_dim is not None and config.rotary_dim != head_dim:
-        given["partial_rotary_factor"] = config.rotary_dim / head_dim
+    given = {name: getattr(config, name) for name in SCALING if getattr(config, name) is not None}
+    assert config.rotary_dim is not None and head_dim is not None, "resolve() fills them in"
+    if config.rotary_dim != head_dim:
+        factor = config.rotary_dim / head_dim
+        # They multiply again and cut off.
+        exact = int(head_dim * factor) == config.rotary_dim
+        given["partial_rotary_factor"] = factor if exact else math.nextafter(factor, 1)
     return {"rope_type": config.type, "rope_theta": config.theta} | given
 
 
@@ -153,6 +162,42 @@ def attention_fields(config: AttentionConfig) -> dict[str, Any]:
     if config.rope is not None:
         fields["rope_parameters"] = rope_fields(config.rope, config.head_dim)
     return fields
+
+
+def windows(fields: Fields) -> list[int | None]:
+    """How many keys each layer sees, by `layer_types`; None is all.
+
+    Raises:
+        FamilyError: another type of layer, or a window of no size.
+    """
+    size = fields("sliding_window")
+    found = []
+    for kind in fields("layer_types"):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise FamilyError(
+                f"{fields.model_type}: layer_types has {kind!r}; supported is full_attention or sliding_attention"
+            )
+        if kind == "sliding_attention" and size is None:
+            raise FamilyError(f"{fields.model_type}: layer_types has sliding_attention, but sliding_window is null")
+        found.append(size if kind == "sliding_attention" else None)
+    return found
+
+
+def windowed(fields: Fields, mixer: dict[str, Any], ffn: dict[str, Any]) -> dict[str, Any]:
+    """`blocks` and `pattern` of layers that differ only in their window."""
+    sizes = windows(fields)
+    names = ["full" if size is None else "sliding" for size in sizes]
+    blocks = {name: {"mixer": mixer | {"window": size}, "ffn": ffn} for name, size in zip(names, sizes, strict=True)}
+    return {"blocks": blocks, "pattern": pattern(names)}
+
+
+def window_fields(model: ZooConfig) -> dict[str, Any]:
+    """The inverse of `windows`."""
+    sizes = [layer.mixer.config.window for layer in model.layers]
+    return {
+        "layer_types": ["full_attention" if size is None else "sliding_attention" for size in sizes],
+        "sliding_window": next((size for size in sizes if size is not None), None),
+    }
 
 
 def expert_fields(config: MoEConfig, number: str, intermediate_size: str = "intermediate_size") -> dict[str, Any]:
