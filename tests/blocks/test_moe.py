@@ -209,6 +209,12 @@ def test_the_correction_bias_is_kept_but_not_trained():
     assert_close(statistics.probabilities.sum(), torch.tensor(6.0))
 
 
+def test_the_correction_bias_follows_the_loads():
+    module = moe(4, 2, router=SIGMOID | {"correction_rate": 0.25})
+    module.router.correct(torch.tensor([6.0, 0.0, 3.0, 3.0]))
+    assert module.router.correction_bias.tolist() == [-0.25, 0.25, 0, 0]
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu", "relu2"])
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("num_shared_experts", [0, 1, 3])
@@ -370,6 +376,7 @@ def test_assignment(round_up, tokens):
         ({"top_k": 5}, r"top_k: must be at most num_experts \(4\), got 5"),
         ({"shared_gate": True}, r"shared_gate: is of the shared experts, .*; give num_shared_experts"),
         ({"shared_intermediate_size": 8}, r"shared_intermediate_size: is of the shared experts, .*"),
+        ({"router": {"correction_rate": 0.1}}, r"router\.correction_rate: .*; give correction_bias"),
         ({"swiglu_alpha": 1.0}, r"swiglu_alpha: belongs to the clamped SwiGLU; give swiglu_limit"),
         ({"swiglu_limit": 1.0, "gated": False}, r"swiglu_limit: needs gated experts with activation silu.*"),
         ({"router": {"num_groups": 3}}, r"router\.num_groups: must divide num_experts \(4\) .*, got 3"),

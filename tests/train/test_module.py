@@ -159,3 +159,23 @@ def test_random_numbers_depend_on_the_batch_alone(tmp_path):
         torch.rand(len(drawn) + 1)  # another history
         trainer_for(tmp_path, max_steps=2, max_epochs=-1).fit(Drawing(MODEL), Text())
     assert drawn[0] == drawn[2] != drawn[1] == drawn[3]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_correction_biases_follow_the_loads_of_a_step(accumulate):
+    """Of all its batches."""
+    rate = 0.01
+    router = {"kind": "sigmoid", "correction_bias": True, "correction_rate": rate}
+    config = copy.deepcopy(MODEL)
+    config["blocks"]["lightning"]["ffn"]["router"] = router
+    torch.manual_seed(0)
+    module = ZooModule(config)
+    module.configure_model()
+    text, model = Text(), copy.deepcopy(module.model).train()
+    load = sum(model(**batch).expert_loads[0] for batch in text.batches[:accumulate])
+    expected = rate * (load.mean() - load).sign()
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    Trainer(max_steps=1, accumulate_grad_batches=accumulate, **options).fit(module, text)
+    bias = module.model.model.layers[0].ffn.router.correction_bias
+    assert torch.allclose(bias, expected) and expected.any()
+    assert model.eval()(**text.batches[0]).expert_loads is None

@@ -5,6 +5,8 @@
                                                       shared_gate: + sigmoid(w_s x) shared(x)
     groups          T lies in the top_k_groups groups of experts whose two largest p + b sum to most
                                                       DeepSeek-V3, arXiv:2412.19437, sections 2.1.2 and 3.4.2
+    correction      b_e += correction_rate * sign(mean tokens of an expert - tokens of e)      after every training step
+                                                      arXiv:2408.15664, algorithm 1
     auxiliary loss  E sum_e f_e P_e                   f_e share of tokens that chose e, P_e mean p_e / sum p
                                                       (arXiv:2101.03961, equation 4); balanced routing gives top_k
     z-loss          mean logsumexp(W_r x)^2           Zoph et al. 2022, arXiv:2202.08906, equation 5
@@ -49,6 +51,7 @@ class RouterConfig:
     kind             softmax or sigmoid: what makes probabilities of logits.
     bias             a bias on the logits.
     correction_bias  a vector that is added to the probabilities for the choice alone, and that no gradient moves.
+    correction_rate  how far a training step moves it, up for the experts that got few tokens (DeepSeek-V3: 0.001).
     num_groups       groups of consecutive experts; more than 1 confines a token's choice to a few of them.
     top_k_groups     to how many; default all.
     scale            of the chosen experts' weights.
@@ -59,6 +62,7 @@ class RouterConfig:
     kind: Literal["softmax", "sigmoid"] = "softmax"
     bias: bool = False
     correction_bias: bool = False
+    correction_rate: NonNegative = 0.0
     num_groups: Size = 1
     top_k_groups: Size | None = None
     scale: Positive = 1.0
@@ -71,6 +75,8 @@ class RouterConfig:
         Raises:
             FieldError: the groups do not divide the experts, or too few experts are left to choose from.
         """
+        if self.correction_rate and not self.correction_bias:
+            raise FieldError("correction_rate", "moves the correction bias, and there is none; give correction_bias")
         groups = self.num_groups if self.top_k_groups is None else self.top_k_groups
         if groups > self.num_groups:
             raise FieldError("top_k_groups", f"must be at most num_groups ({self.num_groups}), got {groups}")
@@ -197,6 +203,12 @@ class Router(Float32Module):
             return Routing(scores / (scores.sum(-1, keepdim=True) + 1e-20), weights, chosen, logits)
         return Routing(scores, weights, chosen, logits)
 
+    @torch.no_grad()
+    def correct(self, load: Tensor) -> None:
+        """Move the correction bias after a training step in which the experts got `load` `[experts]` tokens."""
+        assert self.correction_bias is not None, "resolve() sees to it"
+        self.correction_bias += self.config.correction_rate * (load.mean() - load).sign()
+
     def _eligible(self, scores: Tensor) -> Tensor:
         """What the choice is made by: corrected scores, -inf in the groups that are left out."""
         if self.correction_bias is not None:
@@ -243,9 +255,9 @@ class Experts(nn.Module):
 
         def project(x: Tensor, name: str) -> Tensor:
             y = grouped_mm(x, getattr(self, name).to(x.dtype), ends)
-            bias = getattr(self, f"{name}_bias")
-            if bias is None:
+            if not self.config.bias:
                 return y
+            bias = getattr(self, f"{name}_bias")
             counts = ends.diff(prepend=ends.new_zeros(1))
             return y + bias.to(x.dtype).repeat_interleave(counts, dim=0, output_size=x.shape[0])
 
@@ -255,8 +267,8 @@ class Experts(nn.Module):
         """One expert for one token: `[hidden]` to `[hidden]`."""
 
         def project(x: Tensor, name: str) -> Tensor:
-            bias = getattr(self, f"{name}_bias")
-            return linear(x, getattr(self, name)[expert], None if bias is None else bias[expert])
+            bias = getattr(self, f"{name}_bias")[expert] if self.config.bias else None
+            return linear(x, getattr(self, name)[expert], bias)
 
         return project(self._activate(project(token, self.up)), "down_proj")
 

@@ -47,6 +47,8 @@ class ZooCausalLMOutput(ModelOutput):
     cross_entropy  the part that is about tokens, in nats per token.
     aux_loss       the routers' part; None without routers.
     logits         `[batch, length, vocab]`; None while training with labels, where they are never formed.
+    expert_loads   while training, of each layer whose router has a correction_rate, how many tokens every expert got;
+                   for `correct_routers`. None for the other layers, and where there is no such layer.
     """
 
     loss: Tensor | None = None
@@ -55,6 +57,7 @@ class ZooCausalLMOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     cross_entropy: Tensor | None = None
     aux_loss: Tensor | None = None
+    expert_loads: tuple[Tensor | None, ...] | None = None
 
 
 class ZooPreTrainedModel(PreTrainedModel):
@@ -244,12 +247,28 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
             hidden_states=output.hidden_states,
             cross_entropy=cross_entropy,
             aux_loss=aux_loss,
+            expert_loads=self._expert_loads(output.router_statistics) if self.training else None,
         )
         return result.to_tuple() if return_dict is False else result
 
     def _router_loss(self, statistics: Iterable[RouterStatistics | None]) -> Tensor | None:
         layers = zip(self.config.layers, statistics, strict=True)
         return router_loss([(layer.ffn.config, router) for layer, router in layers if router is not None])
+
+    def _expert_loads(self, statistics: Iterable[RouterStatistics | None]) -> tuple[Tensor | None, ...] | None:
+        layers = zip(self.config.layers, statistics, strict=True)
+        loads = tuple(
+            router.assignments if router is not None and layer.ffn.config.router.correction_rate else None
+            for layer, router in layers
+        )
+        return loads if any(load is not None for load in loads) else None
+
+    def correct_routers(self, loads: Iterable[Tensor | None]) -> None:
+        """After a training step, move the routers' correction biases by its `expert_loads`, summed over batches and
+        ranks (train.py does)."""
+        for layer, load in zip(self.model.layers, loads, strict=True):
+            if load is not None:
+                layer.ffn.router.correct(load)
 
     def num_params(self) -> int:
         """Parameters, a tied head counted once."""

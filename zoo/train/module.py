@@ -125,6 +125,8 @@ class ZooModule(LightningModule):
         self.model: torch.nn.Module | None = None
         self.batch_requested_at = 0.0  # for callbacks/throughput.py: this hook runs after those of all callbacks
         self._validation_sums = torch.zeros(3, dtype=torch.float64)
+        self._expert_loads: list[Tensor | None] = []  # since the optimiser's last step
+        self._loads_of_step = 0
 
     def setup(self, stage: str) -> None:
         """Refuses a vocabulary that cannot hold the tokenizer's ids."""
@@ -155,6 +157,11 @@ class ZooModule(LightningModule):
         torch.manual_seed(hash(position) % 2**63)
 
     def on_train_batch_end(self, *args: Any) -> None:
+        if self._expert_loads and self.trainer.global_step > self._loads_of_step:
+            reduce = self.trainer.strategy.reduce
+            loads = [load if load is None else reduce(load, reduce_op="sum") for load in self._expert_loads]
+            self.model.correct_routers(loads)
+            self._expert_loads = []
         if self.trainer.global_step >= self.trainer.max_steps:
             # Makes Lightning validate after the last step, wherever the interval stands.
             self.trainer.should_stop = True
@@ -170,6 +177,11 @@ class ZooModule(LightningModule):
         output = self.model(**batch, use_cache=False, num_items_in_batch=total.float() / self.trainer.world_size)
         cross_entropy = self.trainer.strategy.reduce(output.cross_entropy.detach().float().clone(), reduce_op="mean")
         self.log("train/loss", cross_entropy, prog_bar=True)
+        if output.expert_loads is not None:
+            before = self._expert_loads or [0] * len(output.expert_loads)
+            pairs = zip(before, output.expert_loads, strict=True)
+            self._expert_loads = [now if now is None else total + now.detach() for total, now in pairs]
+            self._loads_of_step = self.trainer.global_step
         if output.aux_loss is not None:
             self.log("train/aux_loss", output.aux_loss.detach().float(), sync_dist=True)
         self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])

@@ -264,6 +264,10 @@ def _other_start(name: str, starts: Mapping[str, str]) -> str:
     return starts.get(start, "") + name.removeprefix(start)
 
 
+# Of a router, what is about its training alone.
+_TRAINING = ("correction_rate", "aux_loss_coef", "z_loss_coef")
+
+
 def _difference(one: Any, other: Any) -> str | None:
     """The first thing in which two models, or parts of them, differ; None if they are the same once built."""
     names: Sequence[str]
@@ -273,7 +277,7 @@ def _difference(one: Any, other: Any) -> str | None:
     elif isinstance(one, Layer):
         names = ("mixer", "ffn", "norm", "residual")
     elif is_dataclass(one) and type(one) is type(other):
-        names = [field.name for field in fields(one)]
+        names = [field.name for field in fields(one) if field.name not in _TRAINING]
     elif isinstance(one, tuple):
         found = ((i, _difference(*pair)) for i, pair in enumerate(zip(one, other, strict=True)))
         return next((f"{i}.{difference}" for i, difference in found if difference), None)
