@@ -266,9 +266,13 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
     def correct_routers(self, loads: Iterable[Tensor | None]) -> None:
         """After a training step, move the routers' correction biases by its `expert_loads`, summed over batches and
         ranks (train.py does)."""
+        totals: dict[nn.Module, Tensor] = {}  # layers may share a router
         for layer, load in zip(self.model.layers, loads, strict=True):
             if load is not None:
-                layer.ffn.router.correct(load)
+                router = layer.ffn.router
+                totals[router] = totals[router] + load if router in totals else load
+        for router, load in totals.items():
+            router.correct(load)
 
     def num_params(self) -> int:
         """Parameters, a tied head counted once."""
