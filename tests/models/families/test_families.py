@@ -80,7 +80,7 @@ def test_out_again_bit_for_bit(family, index, dtype):
     assert read(back.config).to_mapping() == read(net.config).to_mapping()
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "jamba", "qwen3_next", "olmo_hybrid"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "jamba", "qwen3_next", "olmo_hybrid", "kimi_linear"])
 def test_rates_that_are_finer_than_the_rest_stay_so(family):
     """A checkpoint in bfloat16 whose A_log is float32, as some are released."""
     net = theirs(family, 0, torch.bfloat16)

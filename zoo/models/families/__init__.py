@@ -28,6 +28,7 @@ _NAMES = (
     # delta rules
     "qwen3_next",
     "olmo_hybrid",
+    "kimi_linear",
     # Mamba-2 beside attention
     "bamba",
     "granitemoehybrid",

@@ -185,7 +185,7 @@ class Family:
             }
             config = transformers.AutoConfig.for_model(self.model_type, **carried | common | given)
             again = self.model_file(config)
-        except (AttributeError, KeyError, IndexError, ValueError, StrictDataclassError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, StrictDataclassError) as error:
             raise FamilyError(f"is no {self.model_type}: {' '.join(str(error).split())}") from None
         difference = _difference(model, again)
         if difference:
@@ -302,6 +302,7 @@ class Fields:
     def __init__(self, config: PreTrainedConfig, immaterial: Collection[str] = ()) -> None:
         self.immaterial = _IMMATERIAL | set(immaterial)
         self.model_type = config.model_type
+        self.stored = config.attribute_map  # other names that transformers knows a field by
         self.values = config.to_dict()
         # What every configuration has is about saving, generating and training, except for these.
         inherited = set(PreTrainedConfig().to_dict()) - {"tie_word_embeddings", "bos_token_id", "pad_token_id"}
@@ -309,6 +310,7 @@ class Fields:
         self.read: set[str] = set()
 
     def __call__(self, name: str, default: Any = None) -> Any:
+        name = self.stored.get(name, name)
         self.read.add(name)
         value = self.values.get(name)
         return default if value is None else value
