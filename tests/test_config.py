@@ -154,7 +154,7 @@ FIELD_MISTAKES = [
     ("kind-residual", "residual.kind", "normalised", "residual.kind: unknown residual 'normalised'; did you mean 'normalized'?"),
     ("kind-residual-map", "residual.kind", {}, "residual.kind: unknown residual {}; known: pre, post, reordered, sandwich, normalized, parallel, serial, skip"),
     ("kind-norm", "norm.kind", "rmsnorm", "norm.kind: must be one of rms, layer, got 'rmsnorm'; did you mean 'rms'?"),
-    ("kind-rope", "blocks.softmax.mixer.rope.type", "yarm", "blocks.softmax.mixer.rope.type: must be one of default, linear, yarn, llama3, got 'yarm'; did you mean 'yarn'?"),
+    ("kind-rope", "blocks.softmax.mixer.rope.type", "yarm", "blocks.softmax.mixer.rope.type: must be one of default, linear, yarn, llama3, longrope, got 'yarm'; did you mean 'yarn'?"),
     ("kind-activation", "blocks.ssd.ffn.activation", "swish", "blocks.ssd.ffn.activation: must be one of silu, gelu, gelu_tanh, relu2, got 'swish'"),
     ("kind-slopes", "blocks.lightning.mixer.slopes", 2, "blocks.lightning.mixer.slopes: must be one of alibi, geometric, got 2"),
     ("kind-model-type", "model_type", "llama", "model_type: must be 'zoo', got 'llama'"),

@@ -50,7 +50,9 @@ class LightningConfig(MixerConfig):
     slopes: Literal["alibi", "geometric"] = "alibi"
 
     def resolve(self, model: ZooConfig) -> Self:
-        return replace(self, head_dim=resolve_head_dim(self.head_dim, self.num_heads, model.hidden_size))
+        head_dim = resolve_head_dim(self.head_dim, self.num_heads, model.hidden_size)
+        both = self.num_heads & (self.num_heads - 1) == 0  # the rules agree
+        return replace(self, head_dim=head_dim, slopes="alibi" if both else self.slopes)
 
 
 def decay_slopes(num_heads: int, layer_idx: int, num_layers: int, rule: str = "alibi") -> Tensor:

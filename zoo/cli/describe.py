@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 import zoo.blocks
 from zoo.blocks.norm import NormConfig
+from zoo.blocks.registry import MixerPart
 from zoo.blocks.residual import RESIDUALS
 from zoo.cli.check import parts, span
 from zoo.cli.errors import CommandError
@@ -208,6 +209,7 @@ def fields(cls: type, prefix: str = "") -> Iterator[str]:
         inner = [
             part
             for part in (hints[field.name], *getattr(hints[field.name], "__args__", ()))
+            if part is not MixerPart  # any kind's, each listed by itself
             if dataclasses.is_dataclass(part)
         ]
         default = spelled(field)

@@ -16,7 +16,9 @@ from zoo.hub.folders import Format
 def add_arguments(parser: ArgumentParser) -> None:
     import_.add_folders(parser)
     parser.add_argument("--format", type=Option(Format), default="native", help="Whose format to write.")
+    parser.add_argument("--family", type=str, default=None,
+                        help="As which family, where several have such a model.")  # fmt: skip
 
 
 def run(arguments: Namespace) -> None:
-    import_.report(import_.converted(arguments, arguments.format, [], []), arguments.target)
+    import_.report(import_.converted(arguments, arguments.format, family=arguments.family), arguments.target)

@@ -7,6 +7,7 @@ trained on as a hybrid: "softmax@1,3,5=lightning" (layers from 0), "softmax@8-15
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import transformers
 from jsonargparse import ArgumentParser, Namespace
@@ -36,20 +37,19 @@ def add_folders(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
-    report(converted(arguments, "zoo", arguments.override, arguments.replace), arguments.target)
+    report(converted(arguments, "zoo", overrides=arguments.override, replace=arguments.replace), arguments.target)
 
 
-def converted(arguments: Namespace, format: Format, overrides: list[str], replace: list[str]) -> Converted:
+def converted(arguments: Namespace, format: Format, **more: Any) -> Converted:
     transformers.logging.set_verbosity_error()
     try:
         return convert(
             arguments.source,
             arguments.target,
             format,
-            overrides=overrides,
-            replace=replace,
             shard_bytes=arguments.shard_size,
             progress=sys.stderr.isatty(),
+            **more,
         )
     except FamilyError as error:
         raise CommandError(str(error)) from None

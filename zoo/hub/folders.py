@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from zoo.config import ZooConfig
 from zoo.models import ZooForCausalLM
-from zoo.models.families.base import FamilyError
+from zoo.models.families.base import Family, FamilyError
 from zoo.models.families.checkpoint import Checkpoint, ShardWriter, family_named
 from zoo.models.families.convert import as_exported, family_of, read_model, saved_tensors
 
@@ -48,6 +48,7 @@ def convert(
     *,
     overrides: Iterable[str] = (),
     replace: Iterable[str] = (),
+    family: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
 ) -> Converted:
@@ -59,6 +60,7 @@ def convert(
         source: a folder with config.json and safetensors, of a family or ours.
         target: a folder that does not exist yet, or is empty.
         overrides, replace: as `zoo.from_hf`.
+        family: as which to write a native one, by its model_type, where several have such a model.
         shard_bytes: size of a file of the result.
         progress: show a bar on stderr.
 
@@ -76,9 +78,9 @@ def convert(
         if checkpoint.config.model_type != ZooConfig.model_type:
             notes = family_named(checkpoint.config.model_type, "").notes(checkpoint.config)
         if format == "native":
-            family, config = family_of(model.config)
-            config.architectures = [family.model_class]
-            tensors = _theirs(model, tensors)
+            found, config = family_of(model.config, family)
+            config.architectures = [found.model_class]
+            tensors = _theirs(model, found, config, tensors)
         else:
             config.architectures = [ZooForCausalLM.__name__]
         config.dtype = model.dtype
@@ -131,9 +133,10 @@ def _write(
     return writer.total_bytes
 
 
-def _theirs(model: ZooForCausalLM, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _theirs(
+    model: ZooForCausalLM, family: Family, config: PreTrainedConfig, tensors: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the family's checkpoint, each as soon as all of ours that it is made of are there."""
-    family, config = family_of(model.config)
     names = list(saved_tensors(model))
     pairs = {name: pair for pair in family.pairs(model.config, names) for name in pair.ours}
     waiting: dict[str, Tensor] = {}

@@ -13,7 +13,10 @@ from zoo.models.families import FAMILIES, FamilyError
 
 
 def test_every_family_is_tried():
-    assert set(CONFIGS) == set(FAMILIES) and all(len(configs) >= 3 for configs in CONFIGS.values())
+    # minimax_text_01 is not in transformers, and has a file of its own.
+    assert set(CONFIGS) == set(FAMILIES) - {"minimax_text_01"} and all(
+        len(configs) >= 3 for configs in CONFIGS.values()
+    )
 
 
 @pytest.mark.parametrize(("family", "index"), CASES)
@@ -94,7 +97,7 @@ def test_rates_that_are_finer_than_the_rest_stay_so(family):
 
 
 @pytest.mark.parametrize("shard", ["1GB", "20KB"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_a_folder_reads_as_its_model(family, shard, tmp_path):
     net = theirs(family, 0)
     net.save_pretrained(tmp_path, max_shard_size=shard)

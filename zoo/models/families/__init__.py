@@ -8,6 +8,7 @@ from zoo.models.families.base import Family, FamilyError
 _NAMES = (
     # of this library's own two styles, and their parts
     "minimax",
+    "minimax_text_01",
     "jamba",
     "mamba2",
     "mamba",

@@ -127,7 +127,8 @@ class Family:
     """An architecture of transformers.
 
     model_type   as in its config.json.
-    model_class  its causal language model in transformers.
+    model_class  its causal language model, in transformers or in the code that was released with it.
+    config_class its configuration, where transformers has none.
     read         the model file of a configuration, from its Fields.
     write        the configuration's fields for a model, or FamilyError; may assume more than is so: the result is read
                  back and compared.
@@ -156,6 +157,7 @@ class Family:
     derive: Callable[[PreTrainedConfig, int], Mapping[str, Tensor]] = lambda config, i: {}
     immaterial: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    config_class: type[PreTrainedConfig] | None = None
     notes: Callable[[PreTrainedConfig], tuple[str, ...]] = lambda config: ()
     former: Mapping[str, str] = field(default_factory=dict)
     further_layers: bool = False
@@ -166,6 +168,10 @@ class Family:
         layer = name.removeprefix(start).partition(".")[0] if name.startswith(start) else ""
         further = self.further_layers and layer.isdigit() and int(layer) >= model.num_hidden_layers
         return not (further or name.endswith(self.derived) or name.startswith(self.beside))
+
+    def configuration(self) -> type[PreTrainedConfig]:
+        """The class of its configurations."""
+        return self.config_class or transformers.CONFIG_MAPPING[self.model_type]
 
     def config(self, model: ZooConfig) -> PreTrainedConfig:
         """The family's configuration of a model.
@@ -183,7 +189,7 @@ class Family:
                 "initializer_range": model.initializer_range,
                 "tie_word_embeddings": model.tie_word_embeddings,
             }
-            config = transformers.AutoConfig.for_model(self.model_type, **carried | common | given)
+            config = self.configuration()(**carried | common | given)
             again = self.model_file(config)
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, StrictDataclassError) as error:
             raise FamilyError(f"is no {self.model_type}: {' '.join(str(error).split())}") from None

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from zoo.config import ConfigError, ZooConfig, load_config
 from zoo.models.families import FAMILIES
@@ -149,8 +149,8 @@ def read_config(file: Path) -> PreTrainedConfig:
             return load_config(file)
         except ConfigError as error:
             raise FamilyError(str(error)) from None
-    family_named(model_type, str(file))
-    return CONFIG_MAPPING[model_type].from_json_file(file)
+    family = family_named(model_type, str(file))
+    return family.configuration().from_json_file(file)
 
 
 def family_named(model_type: object, where: str) -> Family:

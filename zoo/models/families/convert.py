@@ -52,12 +52,11 @@ def to_hf(model: ZooForCausalLM, family: str | None = None) -> PreTrainedModel:
     Raises:
         FamilyError: no family has such a model, or not this one.
     """
-    if family is None:
-        found, config = family_of(model.config)
-    else:
-        found = family_named(family, "to_hf")
-        config = found.config(model.config)
-    theirs = getattr(transformers, found.model_class)(config).to(model.dtype)
+    found, config = family_of(model.config, family)
+    model_class = getattr(transformers, found.model_class, None)
+    if model_class is None:
+        raise FamilyError(f"it is a {found.model_type}, which is not in transformers; `zoo export` writes its files")
+    theirs = model_class(config).to(model.dtype)
     places, ours = saved_tensors(theirs), saved_tensors(model)
     given = set()
     for pair in found.pairs(model.config, ours):
@@ -78,12 +77,15 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | {name: each for name, each in model.named_buffers() if name in saved}
 
 
-def family_of(model: ZooConfig) -> tuple[Family, PreTrainedConfig]:
-    """The family that has this model, and its configuration there.
+def family_of(model: ZooConfig, name: str | None = None) -> tuple[Family, PreTrainedConfig]:
+    """The family that has this model, the first or the one asked for, and its configuration there.
 
     Raises:
-        FamilyError: none has; with what stands in the way of the nearest.
+        FamilyError: none has, with what stands in the way of the nearest; or not the one asked for.
     """
+    if name is not None:
+        family = family_named(name, "family")
+        return family, family.config(model)
     reasons = {}
     for family in FAMILIES.values():
         try:

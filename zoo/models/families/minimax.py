@@ -67,6 +67,15 @@ def derive(config: PreTrainedConfig, i: int) -> dict[str, Tensor]:
     return {f"self_attn.{name}": tensor for name, tensor in MiniMaxLightningAttention(narrow, i).named_buffers()}
 
 
+def notes(config: PreTrainedConfig) -> tuple[str, ...]:
+    given = [f"softmax layers rotate all {config.head_dim} dimensions, as transformers does; MiniMax-Text-01 was "
+             "released with half of them: --override blocks.softmax.mixer.rope.rotary_dim=64"]  # fmt: skip
+    if config.num_attention_heads & (config.num_attention_heads - 1):
+        given.append("decays follow transformers' formula, which for this number of heads is not that of the released "
+                     "code: --override blocks.lightning.mixer.slopes=alibi")  # fmt: skip
+    return tuple(given)
+
+
 FAMILY = Family(
     model_type="minimax",
     model_class="MiniMaxForCausalLM",
@@ -86,4 +95,5 @@ FAMILY = Family(
     },
     derived=("slope_rate", "query_decay", "key_decay", "diagonal_decay"),
     derive=derive,
+    notes=notes,
 )
