@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from zoo.blocks import FeedForward, Mixer, RouterStatistics, SequenceContext, State, kind_of
+from zoo.blocks import FeedForward, Mixer, RouterStatistics, SequenceContext, State
 from zoo.blocks.linear import Linear, out_projection_std
 from zoo.blocks.norm import Norm
 from zoo.blocks.residual import Function, Sublayer
@@ -29,15 +29,13 @@ class Block(nn.Module):
         self.mixer: Mixer | None = None
         width = config.hidden_size
         if layer.mixer.kind != "none":
-            module_class = kind_of("mixer", layer.mixer.kind).module_class
-            self.mixer = module_class(layer.mixer.config, config, layer_idx)
-            width *= 2 if self.mixer.reads_embeddings else 1
+            self.mixer = mixer = layer.mixer.build(config, layer_idx)
+            width *= 2 if mixer.reads_embeddings else 1
         self.mixer_norm = norm(self.mixer is not None, width)
         self.mixer_second_norm = norm(self.mixer is not None and layer.residual.has_second_norm)
         self.ffn: FeedForward | None = None
         if layer.ffn.kind != "none":
-            module_class = kind_of("ffn", layer.ffn.kind).module_class
-            self.ffn = module_class(layer.ffn.config, config, layer_idx)
+            self.ffn = layer.ffn.build(config, layer_idx)
         self.ffn_norm = norm(self.ffn is not None)
         self.ffn_second_norm = norm(self.ffn is not None and layer.residual.has_second_norm)
         self.register_parameter("out_proj", None)  # lent by a depth of a shared block

@@ -83,7 +83,21 @@ def test_out_again_bit_for_bit(family, index, dtype):
     assert read(back.config).to_mapping() == read(net.config).to_mapping()
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "jamba", "qwen3_next", "olmo_hybrid", "kimi_linear"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "mamba",
+        "mamba2",
+        "jamba",
+        "bamba",
+        "granitemoehybrid",
+        "nemotron_h",
+        "falcon_h1",
+        "qwen3_next",
+        "olmo_hybrid",
+        "kimi_linear",
+    ],
+)
 def test_rates_that_are_finer_than_the_rest_stay_so(family):
     """A checkpoint in bfloat16 whose A_log is float32, as some are released."""
     net = theirs(family, 0, torch.bfloat16)
@@ -129,6 +143,15 @@ def test_a_config_of_another_family_is_refused_by_name(tmp_path):
         ("deepseek_v3", {"num_key_value_heads": 2}, "deepseek_v3: num_key_value_heads is 2; supported is 4"),
         ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "deepseek_v3: quantization_config is "),
         ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "gpt_oss: quantization_config is "),
+        ("bamba", {"z_loss_coefficient": 1e-4}, "bamba: z_loss_coefficient is 0.0001; supported is 0.0 or null"),
+        ("granitemoehybrid", {"position_embedding_type": "alibi"}, "position_embedding_type is 'alibi'; supported is"),
+        ("granitemoehybrid", {"normalization_function": "layernorm"}, "normalization_function is 'layernorm'"),
+        ("nemotron_h", {"moe_latent_size": 12}, "nemotron_h: moe_latent_size is 12; supported is null or 0"),
+        ("nemotron_h", {"attention_bias": True}, "nemotron_h: attention_bias is true; supported is"),
+        ("nemotron_h", {"mlp_bias": True}, "nemotron_h: mlp_bias is true, which is not supported beside layers of exp"),
+        ("nemotron_h", {"n_shared_experts": 2}, "nemotron_h: n_shared_experts is 2; supported is 1"),
+        ("falcon_h1", {"projectors_bias": True}, "falcon_h1: projectors_bias is true; supported is false"),
+        ("falcon_h1", {"ssm_multipliers": [1.0] * 4}, "multipliers: must be five numbers"),
         ("llama", {"something_new": 3}, "llama: something_new is 3, which is not supported"),
         ("llama", {"sliding_window": 4}, "llama: sliding_window is 4, which is not supported"),
         ("mistral", {"attention_bias": True}, "mistral: attention_bias is true, which is not supported"),
