@@ -262,7 +262,7 @@ def test_a_model_that_several_families_have():
     assert type(zoo.to_hf(zoo.from_hf(theirs("mistral", 0)))) is transformers.MistralForCausalLM
     with pytest.raises(FamilyError, match=r"is no qwen2: layers.0.mixer.config.bias is false, there true"):
         zoo.to_hf(ours, "qwen2")
-    with pytest.raises(FamilyError, match=r"to_hf: unknown model_type 'mistrall'; did you mean 'mistral'"):
+    with pytest.raises(FamilyError, match=r"family: unknown model_type 'mistrall'; did you mean 'mistral'"):
         zoo.to_hf(ours, "mistrall")
 
 
