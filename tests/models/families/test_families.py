@@ -93,6 +93,7 @@ def test_out_again_bit_for_bit(family, index, dtype):
         "granitemoehybrid",
         "nemotron_h",
         "falcon_h1",
+        "zamba2",
         "qwen3_next",
         "olmo_hybrid",
         "kimi_linear",

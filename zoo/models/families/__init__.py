@@ -38,6 +38,7 @@ _NAMES = (
     # other recurrences
     "lfm2",
     "recurrent_gemma",
+    "zamba2",
 )
 FAMILIES: dict[str, Family] = {name: import_module(f"{__name__}.{name}").FAMILY for name in _NAMES}
 

@@ -132,10 +132,12 @@ class Family:
     read         the model file of a configuration, from its Fields.
     write        the configuration's fields for a model, or FamilyError; may assume more than is so: the result is read
                  back and compared.
-    outside      tensors that belong to no layer.
+    outside      tensors that belong to no layer, and others by their whole name; may be a function of the model.
     layer        tensors of a layer beside its mixer and feed-forward; may be a function of the Layer.
     blocks       tensors by kind of mixer or feed-forward; each may be a function of its config.
     prefix       of a layer's tensors there.
+    place        the prefix of layer i's, where their layers are not ours one by one.
+    copies       starts of names of tensors that are others once more (shared ones, at each depth); not read.
     derived      endings of tensors that follow from the configuration; not read.
     derive       those of layer i, for a checkpoint that is written, by name within the layer.
     immaterial   fields of the configuration that change no number.
@@ -149,10 +151,12 @@ class Family:
     model_class: str
     read: Callable[[Fields], dict[str, Any]]
     write: Callable[[ZooConfig], dict[str, Any]]
-    outside: Names
+    outside: Names | Callable[[ZooConfig], Names]
     layer: Names | Callable[[Layer], Names]
     blocks: Mapping[str, Names | Callable[[Any], Names]]
     prefix: str = "model.layers.{i}."
+    place: Callable[[ZooConfig, int], str] | None = None
+    copies: Callable[[ZooConfig], tuple[str, ...]] = lambda model: ()
     derived: tuple[str, ...] = ()
     derive: Callable[[PreTrainedConfig, int], Mapping[str, Tensor]] = lambda config, i: {}
     immaterial: tuple[str, ...] = ()
@@ -167,7 +171,7 @@ class Family:
         start = self.prefix.partition("{i}")[0]
         layer = name.removeprefix(start).partition(".")[0] if name.startswith(start) else ""
         further = self.further_layers and layer.isdigit() and int(layer) >= model.num_hidden_layers
-        return not (further or name.endswith(self.derived) or name.startswith(self.beside))
+        return not (further or name.endswith(self.derived) or name.startswith((*self.beside, *self.copies(model))))
 
     def configuration(self) -> type[PreTrainedConfig]:
         """The class of its configurations."""
@@ -230,19 +234,21 @@ class Family:
 
     def pairs(self, model: ZooConfig, names: Iterable[str]) -> list[Pair]:
         """Where the tensors of a model, `names`, are there."""
+        outside = self.outside(model) if callable(self.outside) else self.outside
         pairs, done = [], set()
         for name in names:
             if name not in done:
-                pairs.append(self._pair(model, name))
+                pairs.append(self._pair(model, name, outside))
                 done.update(pairs[-1].ours)
         return pairs
 
-    def _pair(self, model: ZooConfig, name: str) -> Pair:
+    def _pair(self, model: ZooConfig, name: str, outside: Names) -> Pair:
         """The pair that our tensor `name` is in."""
-        names, ours, theirs, rest, experts = self.outside, "", "", name, 0
-        if name.startswith("model.layers."):
+        names, ours, theirs, rest, experts = outside, "", "", name, 0
+        if name.startswith("model.layers.") and name not in outside:
             _, _, i, rest = name.split(".", 3)
-            layer, ours, theirs = model.layers[int(i)], f"model.layers.{i}.", self.prefix.replace("{i}", i)
+            layer, ours = model.layers[int(i)], f"model.layers.{i}."
+            theirs = self.prefix.replace("{i}", i) if self.place is None else self.place(model, int(i))
             role, _, inner = rest.partition(".")
             names = self.layer(layer) if callable(self.layer) else self.layer
             if role in ("mixer", "ffn"):
@@ -281,7 +287,7 @@ def _difference(one: Any, other: Any) -> str | None:
         names = ("vocab_size", "hidden_size", "tie_word_embeddings", "embedding_scale", "logit_scale", "logit_softcap",
                  "norm_config", "num_hidden_layers", "layers")  # fmt: skip
     elif isinstance(one, Layer):
-        names = ("mixer", "ffn", "norm", "residual")
+        names = ("mixer", "ffn", "norm", "residual", "shared")
     elif is_dataclass(one) and type(one) is type(other):
         names = [field.name for field in fields(one) if field.name not in _TRAINING]
     elif isinstance(one, tuple):
