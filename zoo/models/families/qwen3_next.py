@@ -57,6 +57,7 @@ def delta_fields(config: GatedDeltaConfig) -> dict[str, Any]:
 
 
 def read(fields: Fields) -> dict[str, Any]:
+    fields.only("use_sliding_window", False, None)  # in released configurations; transformers has no window here
     experts = parts.experts(fields, "num_experts", fields("norm_topk_prob"), "moe_intermediate_size")
     shared = {"num_shared_experts": 1, "shared_intermediate_size": fields("shared_expert_intermediate_size")}
     ffns = {"": experts | shared | {"shared_gate": True}, "_dense": parts.mlp(fields)}
