@@ -12,13 +12,18 @@ INK, SOFT = "#1c2430", "#64748b"
 # The zoo's own kinds keep their colour from picture to picture; others take what is left, in order of appearance.
 COLOURS = {
     "attention": "#e07a2c",
+    "gated_delta": "#d4526e",
+    "kda": "#8f2d56",
     "lightning": "#2f6fde",
     "mamba": "#2a9d78",
     "mamba2": "#7b4bd0",
+    "mla": "#a65a1f",
     "mlp": "#b9c4d6",
     "moe": "#f0c04d",
     "none": "#f1f3f7",
     "parallel": "#a3427f",
+    "rglru": "#4f772d",
+    "short_conv": "#3d8fa3",
 }
 OTHER_COLOURS = ("#c73b55", "#3aa6c9", "#8a6d3b", "#d977b3", "#5b8c2a", "#6b7fd7")
 
