@@ -123,18 +123,23 @@ def test_equals_qwen3_next():
     assert_parity(ours, run_ffn(ours), reference, reference, weights, random_input(2, 11, HIDDEN))
 
 
-def test_equals_nemotron_h():
-    """Experts without a gate."""
+@pytest.mark.parametrize("latent", [None, 4])
+def test_equals_nemotron_h(latent):
+    """Experts without a gate, in the stream's width or between two projections."""
     reference = theirs(
         NemotronHMoE, NemotronHConfig, moe_intermediate_size=INNER, n_routed_experts=6, num_experts_per_tok=3,
         moe_shared_expert_intermediate_size=9, routed_scaling_factor=1.5, n_group=2, topk_group=1,
+        moe_latent_size=latent,
     )  # fmt: skip
     router = SIGMOID | {"num_groups": 2, "top_k_groups": 1, "scale": 1.5}
     shared = {"num_shared_experts": 1, "shared_intermediate_size": 9}
-    ours = moe(6, 3, gated=False, activation="relu2", router=router, **shared)
+    ours = moe(6, 3, gated=False, activation="relu2", router=router, latent_size=latent, **shared)
     set_correction(ours, reference)
     weights = {"router.weight": "gate.weight"} | {name: name for name in ("experts.up_proj", "experts.down_proj")}
     weights |= {name: their_name for name, their_name in SHARED.items() if "gate" not in name}
+    if latent is not None:
+        weights |= {"latent_in_proj.weight": "fc1_latent_proj.weight"}
+        weights |= {"latent_out_proj.weight": "fc2_latent_proj.weight"}
     assert_parity(ours, run_ffn(ours), reference, reference, weights, random_input(2, 11, HIDDEN))
 
 
@@ -165,6 +170,7 @@ OPTIONS = {
     "biases": {"bias": True, "router": {"bias": True}},
     "clamped": {"swiglu_limit": 0.5, "bias": True},
     "ungated": {"gated": False, "activation": "relu2"},
+    "latent": {"latent_size": 5, "num_shared_experts": 1},
     "shared gate": {"num_shared_experts": 1, "shared_gate": True},
     "sigmoid": {"router": SIGMOID | {"num_groups": 3, "top_k_groups": 2, "scale": 2.0}},
 }

@@ -27,6 +27,7 @@ UNGATED_MOE = {
     **MOE, "gated": False, "activation": "relu2", "num_shared_experts": 1, "shared_intermediate_size": 12,
     "shared_gate": True,
 }  # fmt: skip
+LATENT_MOE = {**MOE, "latent_size": 10, "num_shared_experts": 1}
 
 MHA = {"kind": "attention", "num_heads": 4}
 PARTIAL_ROPE = {"theta": 1.0e4, "rotary_dim": 4}
@@ -111,6 +112,7 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "mamba2": _alone(MAMBA2, MLP),
     "mamba2-groups": _alone(MAMBA2_GROUPS, MOE),
     "moe-ungated": _alone(LIGHTNING, UNGATED_MOE),
+    "moe-latent": _alone(MAMBA, LATENT_MOE),
     "mamba2-norm-first": _alone(MAMBA2_NORM_FIRST, MLP),
     "mamba2-no-norm": _alone(MAMBA2_NO_NORM, MLP),
     "parallel": _alone(BESIDE, GATE_SCALE),

@@ -12,6 +12,8 @@
     z-loss          mean logsumexp(W_r x)^2           Zoph et al. 2022, arXiv:2202.08906, equation 5
 
     expert          W_down ( act(W_gate x) * (W_up x) ), or W_down act(W_up x) without `gated`
+    latent_size     W_out sum_{e in T} w_e expert_e(W_in x) + shared(x)      the routed experts alone are narrower
+                                                      LatentMoE, Nemotron 3, arXiv:2512.20856
     swiglu_limit    W_down ( g sigmoid(swiglu_alpha g) * (u + 1) ),  g = min(W_gate x, limit), u = W_up x within +-limit
                                                       gpt-oss, arXiv:2508.10925
 
@@ -32,7 +34,7 @@ from transformers import initialization as init
 from zoo.blocks.base import FeedForward, FeedForwardConfig, Float32Module, RouterStatistics
 from zoo.blocks.context import SequenceContext
 from zoo.blocks.grouped import grouped_mm
-from zoo.blocks.linear import in_projection, out_projection_std
+from zoo.blocks.linear import in_projection, out_projection, out_projection_std
 from zoo.blocks.mlp import ACTIVATIONS, MLP, Activation, MLPConfig, gated
 from zoo.ops.matmul import linear
 from zoo.schema import Count, FieldError, NonNegative, Positive, Size
@@ -104,6 +106,7 @@ class MoEConfig(FeedForwardConfig):
     swiglu_limit              clamp both projections to this (gpt-oss); default no limit.
     swiglu_alpha              slope of the clamped gate's sigmoid; default 1.702.
     bias                      biases on the experts' projections.
+    latent_size               width in which the routed experts read and write, between two projections; default none.
     router                    how tokens choose, and the losses that keep the choice balanced.
     """
 
@@ -119,6 +122,7 @@ class MoEConfig(FeedForwardConfig):
     swiglu_limit: Positive | None = None
     swiglu_alpha: Positive | None = None
     bias: bool = False
+    latent_size: Size | None = None
     router: RouterConfig = RouterConfig()
 
     def resolve(self, model: ZooConfig) -> MoEConfig:
@@ -225,13 +229,13 @@ class Router(Float32Module):
 class Experts(nn.Module):
     """Every expert's weights: `gate_up_proj` `[experts, 2 * intermediate, hidden]` (gate rows first; `up_proj`
     `[experts, intermediate, hidden]` where they are not gated) and `down_proj` `[experts, hidden, intermediate]`; with
-    biases, each as `..._bias` without the last dimension."""
+    biases, each as `..._bias` without the last dimension. `hidden` is latent_size where there is one."""
 
     def __init__(self, config: MoEConfig, model: ZooConfig) -> None:
         super().__init__()
-        experts, inner, hidden = config.num_experts, config.intermediate_size, model.hidden_size
+        experts, inner, hidden = config.num_experts, config.intermediate_size, config.latent_size or model.hidden_size
         self.std_in = model.initializer_range
-        self.std_out = out_projection_std(model)
+        self.std_out = out_projection_std(model) if config.latent_size is None else self.std_in
         self.config = config
         self.up = "gate_up_proj" if config.gated else "up_proj"
         widths = {self.up: (2 * inner if config.gated else inner, hidden), "down_proj": (hidden, inner)}
@@ -385,6 +389,9 @@ class MoE(FeedForward):
             )
             self.shared = MLP(shared, model, layer_idx)
         self.shared_gate = in_projection(model, model.hidden_size, 1) if config.shared_gate else None
+        latent = config.latent_size
+        self.latent_in_proj = None if latent is None else in_projection(model, model.hidden_size, latent)
+        self.latent_out_proj = None if latent is None else out_projection(model, latent)
 
     def forward(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, RouterStatistics | None]:
         packed, _ = context.pack(x)  # padding is neither routed nor counted
@@ -397,8 +404,11 @@ class MoE(FeedForward):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         jit = device == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling()
         rows, places, ends = assign(routing.chosen, self.config.num_experts, round_up=jit)
-        out = self.experts(_Spread.apply(tokens.to(dtype), rows, places), ends)
+        inner = tokens if self.latent_in_proj is None else self.latent_in_proj(tokens)
+        out = self.experts(_Spread.apply(inner.to(dtype), rows, places), ends)
         y = _Combine.apply(out, routing.weights, rows, places)
+        if self.latent_out_proj is not None:
+            y = self.latent_out_proj(y)
         if self.shared is not None:
             y = y + self._shared(tokens, context)
         statistics = RouterStatistics(
@@ -418,12 +428,15 @@ class MoE(FeedForward):
         """The same for the next token of a few rows, without statistics: sorting and grouping would take longer than
         multiplying does."""
         _, weights, chosen, _ = self.router(tokens)
-        y = torch.zeros_like(tokens) if self.shared is None else self._shared(tokens, context)
-        rows = zip(y.unbind(), tokens.unbind(), weights.to(y.dtype).unbind(), chosen.tolist(), strict=True)
+        inner = tokens if self.latent_in_proj is None else self.latent_in_proj(tokens)
+        y = torch.zeros_like(inner)
+        rows = zip(y.unbind(), inner.unbind(), weights.to(y.dtype).unbind(), chosen.tolist(), strict=True)
         for total, token, row_weights, experts in rows:
             for weight, expert in zip(row_weights.unbind(), experts, strict=True):
                 total.addcmul_(self.experts.one(token, expert), weight)
-        return y
+        if self.latent_out_proj is not None:
+            y = self.latent_out_proj(y)
+        return y if self.shared is None else y + self._shared(tokens, context)
 
     def num_active_params(self) -> int:
         idle = self.config.num_experts - self.config.top_k
@@ -433,7 +446,7 @@ class MoE(FeedForward):
     def flops(self, batch: int, length: int) -> int:
         per_expert = sum(parameter[0].numel() for parameter in self.experts.parameters() if parameter.dim() == 3)
         weights = self.router.weight.numel() + self.config.top_k * per_expert
-        if self.shared_gate is not None:
-            weights += self.shared_gate.weight.numel()
+        for projection in (self.shared_gate, self.latent_in_proj, self.latent_out_proj):
+            weights += 0 if projection is None else projection.weight.numel()
         shared = self.shared.flops(batch, length) if self.shared is not None else 0
         return 2 * batch * length * weights + shared

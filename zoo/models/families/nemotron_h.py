@@ -1,4 +1,4 @@
-"""Nemotron-H (NVIDIA 2025, arXiv:2504.03624) and Nemotron 3 Nano (arXiv:2512.20848): each layer is Mamba-2, attention
+"""Nemotron-H (NVIDIA 2025, arXiv:2504.03624) and Nemotron 3 (arXiv:2512.20856): each layer is Mamba-2, attention
 without positions, an MLP or experts, alone."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ KINDS = {"mamba2": "linear_attention", "attention": "full_attention", "mlp": "ml
 
 
 def read(fields: Fields) -> dict[str, Any]:
-    for name in ("attention_bias", "hidden_dropout", "sliding_window", "moe_latent_size"):
+    for name in ("attention_bias", "hidden_dropout", "sliding_window"):
         fields.only(name, None, 0)  # False is 0
     fields.only("attention_head_dim", None, fields("head_dim"))  # its name before
     fields.only("mamba_hidden_act", "silu")
@@ -52,6 +52,7 @@ def read(fields: Fields) -> dict[str, Any]:
                 "renormalize": fields("norm_topk_prob"),
                 "num_shared_experts": 1,
                 "shared_intermediate_size": fields("moe_shared_expert_intermediate_size"),
+                "latent_size": fields("moe_latent_size"),
                 "router": parts.sigmoid_router(fields),
             }
         },
@@ -94,6 +95,7 @@ def write(model: ZooConfig) -> dict[str, Any]:
             "num_experts_per_tok": moe.top_k,
             "norm_topk_prob": moe.renormalize,
             "moe_shared_expert_intermediate_size": moe.shared_intermediate_size,
+            "moe_latent_size": moe.latent_size,
         }
     return fields
 
@@ -116,6 +118,8 @@ FAMILY = Family(
         "mamba2": parts.within("mixer", mamba2.MIXER),
         "mlp": parts.within("mixer", MLP),
         "moe": parts.within("mixer", {
+            "latent_in_proj.*": "fc1_latent_proj.*",
+            "latent_out_proj.*": "fc2_latent_proj.*",
             "router.weight": "gate.weight",
             "router.correction_bias": "gate.e_score_correction_bias",
             **{f"experts.{part}_proj": (PerExpert((f"experts.{{e}}.{part}_proj.weight",)), f"experts.{part}_proj")
@@ -124,6 +128,8 @@ FAMILY = Family(
         }),
     },
     former={"backbone.": "model."},
+    beside=("mtp.",),
     immaterial=("num_logits_to_keep", "expand", "mamba_proj_bias", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap",
-                "rope_parameters", "rope_theta", "partial_rotary_factor", "norm_eps"),
+                "num_nextn_predict_layers", "mtp_layers_block_type", "keep_mtp_spec_in_bf16", "rope_parameters",
+                "rope_theta", "partial_rotary_factor", "norm_eps"),
 )  # fmt: skip
