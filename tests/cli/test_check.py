@@ -42,6 +42,14 @@ def test_a_model_file(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_mixers_side_by_side_are_named(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    branches = [{"kind": "mamba2", "head_dim": 16}, {"kind": "parallel", "branches": [{"kind": "mamba"}]}]
+    block = {"mixer": {"kind": "parallel", "branches": branches}}
+    model.write_text(yaml.safe_dump({**MODEL, "blocks": {"both": block}, "pattern": "both"}))
+    line = "            0  both  parallel(mamba2, parallel(mamba)) + moe"
+    assert printed(["check", str(model)], capsys)[1] == line
+
+
 def test_a_stack_that_repeats_is_shown_once(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model.write_text(model.read_text().replace("lightning*2 softmax", "(lightning*7 softmax)*1250"))
     assert printed(["check", str(model)], capsys) == [

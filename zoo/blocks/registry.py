@@ -112,6 +112,12 @@ class _Part:
         except FieldError as error:
             raise error.within(path) from None
 
+    def __str__(self) -> str:
+        """Its kind, with those of the parts it is made of: `parallel(mamba2, attention)`."""
+        lists = [value for value in vars(self.config).values() if isinstance(value, list)]
+        inner = [str(each) for values in lists for each in values if isinstance(each, _Part)]
+        return f"{self.kind}({', '.join(inner)})" if inner else self.kind
+
     def build(self, model: ZooConfig, layer_idx: int) -> Any:
         """The module."""
         return kind_of(self.role, self.kind).module_class(self.config, model, layer_idx)

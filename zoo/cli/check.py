@@ -74,4 +74,4 @@ def span(first: int, last: int) -> str:
 
 def parts(layer: Layer) -> str:
     """`lightning + moe`, or the one that is there."""
-    return " + ".join(part.kind for part in (layer.mixer, layer.ffn) if part.kind != "none")
+    return " + ".join(str(part) for part in (layer.mixer, layer.ffn) if part.kind != "none")

@@ -41,7 +41,7 @@ def layer_stack_svg(config: ZooConfig) -> str:
     for index, layer in enumerate(layers):
         row, column = divmod(index, PER_ROW)
         x, y = column * step, row * ROW_HEIGHT
-        title = f"layer {index}: {layer.name}, {layer.mixer.kind} + {layer.ffn.kind}"
+        title = f"layer {index}: {layer.name}, {layer.mixer} + {layer.ffn}"
         width = step - gap
         shapes.append(
             f"<g><title>{html.escape(title)}</title>"
