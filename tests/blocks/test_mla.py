@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, KimiLinearConfig
+from transformers import BailingHybridConfig, DeepseekV3Config, KimiLinearConfig
 from transformers.masking_utils import create_causal_mask
+from transformers.models.bailing_hybrid.modeling_bailing_hybrid import BailingHybridAttention
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearAttention
 
@@ -51,7 +52,7 @@ def theirs(module_class, config_class, heads, **fields):
     def run(x):
         positions = torch.arange(x.shape[1])[None]
         given = {"attention_mask": create_causal_mask(config, x, None, None, positions)}
-        if config_class is DeepseekV3Config:
+        if config_class is not KimiLinearConfig:
             given["position_embeddings"] = DeepseekV3RotaryEmbedding(config)(x, positions)
         return module(x, **given)[0]
 
@@ -84,6 +85,14 @@ def test_without_rotation_equals_kimi_linear():
     module, run = theirs(KimiLinearAttention, KimiLinearConfig, 3, q_lora_rank=None)
     ours = mla(3, rope=None, **SIZES)
     assert_parity(ours, run_mixer(ours), module, run, KV | Q, random_input(2, LENGTH, HIDDEN))
+
+
+def test_with_a_gate_for_each_head_equals_ling():
+    rope = {"rope_type": "default", "rope_theta": 50.0}
+    module, run = theirs(BailingHybridAttention, BailingHybridConfig, 3, rope_parameters=rope)
+    ours = mla(3, output_gate=True, rope={"theta": 50.0, "interleaved": True}, **SIZES)
+    weights = KV | Q | {"gate_proj.weight": "g_proj.weight"}
+    assert_parity(ours, run_mixer(ours), module, run, weights, random_input(2, LENGTH, HIDDEN))
 
 
 def steps(module, x, sizes, mask=None):

@@ -45,6 +45,7 @@ MLA = {
     "v_head_dim": 5, "rope": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2, "interleaved": True},
 }  # fmt: skip
 MLA_NO_ROPE = {**MLA, "q_lora_rank": None, "rope": None, "bias": True}
+MLA_GATED = {**MLA, "q_lora_rank": None, "output_gate": True}
 LIGHTNING = {"kind": "lightning", "num_heads": 4}
 MAMBA = {"kind": "mamba", "state_size": 4}
 JAMBA = {"kind": "mamba", "state_size": 4, "conv_kernel": 3, "inner_norms": True, "bias": True, "conv_bias": False}
@@ -73,6 +74,7 @@ GATED_DELTA_GROUPS = {
     "negative_eigenvalues": True, "norm_eps": 1.0e-3,
 }  # fmt: skip
 KDA = {"kind": "kda", "num_heads": 2, "head_dim": 8, "conv_kernel": 3}
+KDA_BOUNDED = {**KDA, "low_rank": False, "lower_bound": -5.0}
 
 
 def _stack(pattern: str, blocks: dict[str, dict], **fields: Any) -> dict[str, Any]:
@@ -106,6 +108,7 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "attention-no-rope": _alone(NO_ROPE, JAMBA_MOE),
     "mla": _alone(MLA, MLP),
     "mla-no-rope": _alone(MLA_NO_ROPE, GROUPS_MOE),
+    "mla-gated": _alone(MLA_GATED, MLP),
     "lightning": _alone(LIGHTNING, SHARED_MOE),
     "mamba": _alone(MAMBA, RELU2),
     "mamba-inner-norms": _alone(JAMBA, MLP),
@@ -124,6 +127,7 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "gated-delta": _alone(GATED_DELTA, MLP),
     "gated-delta-groups": _alone(GATED_DELTA_GROUPS, SHARED_MOE),
     "kda": _alone(KDA, MLP),
+    "kda-bounded": _alone(KDA_BOUNDED, MLP),
     "minimax": _stack(
         "lightning*2 softmax",
         {"lightning": {"mixer": LIGHTNING}, "softmax": {"mixer": GQA}},

@@ -4,7 +4,7 @@
     r_t = rope(W_KR x_t)            one key for all heads
     k_t = [W_UK c_t, r_t]           v_t = W_UV c_t
     q_t = [q_nope, rope(q_rope)]    of W_Q x_t, or W_UQ norm(W_DQ x_t) with q_lora_rank
-    o_t = sum_j softmax_j(s * q_t . k_j) v_j        y = W_o (o)
+    o_t = sum_j softmax_j(s * q_t . k_j) v_j        y = W_o (o)     with output_gate: W_o (sigmoid(W_g x) * o)
 
 Few new tokens do not turn the whole past into keys and values. They take W_UK to the query's side, which then compares
 with the latents themselves, one key/value head for all, and W_UV to the output's (section 2.1.2):
@@ -51,6 +51,7 @@ class MLAConfig(MixerConfig):
     v_head_dim        of the values.
     rope              rotary positions; null for none (Kimi Linear).
     bias              biases on the projections that read or write the stream, but for the queries'.
+    output_gate       multiply each head's output by sigmoid(W_g x), one number per head (Ling 3.0).
     """
 
     num_heads: Size
@@ -61,6 +62,7 @@ class MLAConfig(MixerConfig):
     v_head_dim: Size = 128
     rope: RopeConfig | None = field(default_factory=RopeConfig)
     bias: bool = False
+    output_gate: bool = False
 
     def resolve(self, model: ZooConfig) -> Self:
         if self.rope is None:
@@ -95,6 +97,7 @@ class MLA(Mixer):
         self.kv_a_proj = in_projection(model, hidden, latent + rope, config.bias)  # c, then r
         self.kv_a_norm = Norm(latent, NORM)
         self.kv_b_proj = in_projection(model, latent, heads * (nope + v_dim))  # of each head W_UK, then W_UV
+        self.gate_proj = in_projection(model, hidden, heads) if config.output_gate else None
         self.o_proj = out_projection(model, heads * v_dim, config.bias)
         self.rotary = RotaryEmbedding(config.rope) if config.rope is not None else None
 
@@ -115,7 +118,10 @@ class MLA(Mixer):
             memory, _, key_mask = state.append(memory, memory[..., :0], key_mask)
             memory = memory.to(q.dtype)  # under autocast the state has the dtype of the weights
         attend = self._absorbed if past and self._is_shorter_absorbed(x.shape[1]) else self._expanded
-        return self.o_proj(attend(q_nope, q_rope, memory, context.cu_seqlens, key_mask).flatten(-2))
+        out = attend(q_nope, q_rope, memory, context.cu_seqlens, key_mask)
+        if self.gate_proj is not None:
+            out = out * self.gate_proj(x).sigmoid()[..., None]
+        return self.o_proj(out.flatten(-2))
 
     def _is_shorter_absorbed(self, queries: int) -> bool:
         """Whether comparing so many queries with latents, which are longer than keys, costs less than making keys and

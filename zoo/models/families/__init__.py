@@ -39,6 +39,7 @@ _NAMES = (
     "lfm2",
     "recurrent_gemma",
     "zamba2",
+    "bailing_hybrid",
 )
 FAMILIES: dict[str, Family] = {name: import_module(f"{__name__}.{name}").FAMILY for name in _NAMES}
 
