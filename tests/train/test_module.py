@@ -179,3 +179,11 @@ def test_correction_biases_follow_the_loads_of_a_step(accumulate):
     bias = module.model.model.layers[0].ffn.router.correction_bias
     assert torch.allclose(bias, expected) and expected.any()
     assert model.eval()(**text.batches[0]).expert_loads is None
+
+
+def test_layers_that_share_a_router_move_it_once():
+    block = copy.deepcopy(MODEL["blocks"]["lightning"]) | {"shared": True}
+    block["ffn"]["router"] = {"kind": "sigmoid", "correction_bias": True, "correction_rate": 0.5}
+    model = zoo.build(MODEL | {"blocks": {"lightning": block}, "pattern": "lightning*2"})
+    model.correct_routers([torch.tensor([5.0, 1, 3, 3]), torch.tensor([2.0, 4, 3, 3])])
+    assert model.model.layers[0].ffn.router.correction_bias.tolist() == [-0.5, 0.5, 0, 0]
