@@ -50,6 +50,7 @@ class AlternateColumns(AlternateRows):
 
 
 def read(fields: Fields) -> dict[str, Any]:
+    fields.only("experts_per_token", fields("num_experts_per_tok"), None)  # released configurations say it twice
     attention = parts.attention(fields) | {"sink_logits": True}
     mixers = {"sliding": attention, "full": attention | {"window": None}}
     experts = parts.experts(fields, "num_local_experts", renormalize=True)
@@ -94,4 +95,5 @@ FAMILY = Family(
             "experts.down_proj_bias": "mlp.experts.down_proj_bias",
         },
     },
+    immaterial=("initial_context_length",),
 )

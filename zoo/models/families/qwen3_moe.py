@@ -11,6 +11,9 @@ from zoo.models.families.base import Family, Fields
 
 def read(fields: Fields) -> dict[str, Any]:
     fields("use_sliding_window")  # the configuration has no sliding_window without it
+    fields.only("use_qk_norm", True, None)  # these three are of released configurations alone
+    fields.only("qkv_bias", False, None)
+    fields.only("shared_expert_intermediate_size", 0, None)
     mixer = parts.attention(fields) | {"qk_norm": True}
     experts = parts.experts(fields, "num_local_experts", fields("norm_topk_prob"), "moe_intermediate_size")
     dense, step = fields("mlp_only_layers"), fields("decoder_sparse_step")
@@ -49,4 +52,5 @@ FAMILY = Family(
         "mlp": parts.within("mlp", parts.MLP),
         "moe": parts.within("mlp", parts.GATED_EXPERTS),
     },
+    immaterial=("max_window_layers",),
 )
