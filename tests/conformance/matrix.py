@@ -53,6 +53,8 @@ LIMITS = (
     "or the delta rule, which have no kernel of ours yet. `library` needs a GPU (benchmarks/gpu_suite.py).",
     "compile: aot_eager for every subject and inductor for one, without packed documents (the ops compile with them).",
     "precision: a mixer is run once over the 16,384 tokens; a row with ok has the mixers of rows above.",
+    "decode, length: of attention-longrope within its original context of 512 tokens; a cache that crosses it is "
+    "refused, and generate() makes it anew (tests/models/test_longrope.py). precision runs beyond it.",
     "padding: garbage at padding is finite (up to 1e4). NaN there would reach attention's masked keys as 0 * NaN.",
 )
 

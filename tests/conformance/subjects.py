@@ -37,6 +37,11 @@ WINDOW = {"kind": "attention", "num_heads": 2, "num_kv_heads": 1, "window": 5}
 SINKS = {**WINDOW, "num_kv_heads": 2, "num_sinks": 2}
 GEMMA = {**WINDOW, "scale": 0.4, "softcap": 1.5}
 OLMO2 = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "qk_norm": "projection"}
+LONGROPE = {
+    "kind": "attention", "num_heads": 4,
+    "rope": {"type": "longrope", "factor": 4.0, "original_max_position_embeddings": 512,
+             "short_factor": [1.0, 1.1, 1.4, 1.9], "long_factor": [1.5, 3.0, 8.0, 21.0]},
+}  # fmt: skip
 QWEN2 = {"kind": "attention", "num_heads": 2, "bias": True, "output_bias": False}
 NO_ROPE = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "rope": None}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "truncate": False}
@@ -104,6 +109,7 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "attention-softcap": _alone(GEMMA, GEGLU),
     "attention-sink-logits": _alone({**WINDOW, "sink_logits": True}, CLAMPED_MOE),
     "attention-qk-norm-projection": _alone(OLMO2, MLP),
+    "attention-longrope": _alone(LONGROPE, MLP),
     "attention-output-bias": _alone(QWEN2, MLP),
     "attention-no-rope": _alone(NO_ROPE, JAMBA_MOE),
     "mla": _alone(MLA, MLP),
