@@ -360,6 +360,16 @@ def test_shapes_on_the_meta_device():
     assert out.shape == (2, 100, 4, 6) and state.shape == (2, 4, 8, 6) and out.device.type == "meta"
 
 
+@pytest.mark.parametrize("decay", ["head", "channel"])
+@pytest.mark.parametrize("length", [1, 150])
+def test_no_rows_at_all(length, decay):
+    inputs = [x.requires_grad_() for x in make_inputs(0, length, 1, 2, 4, 6, decay)]
+    out, state = delta_rule(*inputs[:5], initial_state=inputs[5], return_state=True)
+    (out.sum() + state.sum()).backward()
+    assert out.shape == (0, length, 2, 6) and state.shape == (0, 2, 4, 6)
+    assert all(x.grad.shape == x.shape for x in inputs)
+
+
 def test_mixed_precision_is_the_widest_and_out_is_like_v():
     q, k, v, beta, g, _ = make_inputs(1, 70, 1, 2, 4, 4, "head")
     out, state = delta_rule(q.bfloat16(), k.bfloat16(), v.float(), beta, g, return_state=True)

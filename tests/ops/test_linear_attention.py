@@ -317,6 +317,14 @@ def test_shapes_on_the_meta_device():
     assert out.shape == (2, 100, 4, 6) and state.shape == (2, 4, 8, 6) and out.device.type == "meta"
 
 
+@pytest.mark.parametrize("decay", ["none", "head", "token"])
+def test_no_rows_at_all_over_several_chunks(decay):
+    leaves = [None if x is None else x.requires_grad_() for x in make_inputs(0, 150, 1, 2, 4, 6, decay)]
+    out, state = linear_attention(*leaves[:4], initial_state=leaves[4], return_state=True)
+    (out.sum() + state.sum()).backward()
+    assert out.shape == (0, 150, 2, 6) and all(x is None or x.grad.shape == x.shape for x in leaves)
+
+
 def test_mixed_precision_is_the_widest_and_out_is_like_v():
     q, k, v, g, _ = make_inputs(1, 70, 1, 2, 4, 4, "head")
     out, state = linear_attention(q.bfloat16(), k.bfloat16(), v.float(), g, return_state=True)

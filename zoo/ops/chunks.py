@@ -82,7 +82,7 @@ class HeadDecays:
             total += (pairs.sum(0).to(self.wide) * self.distance).sum((-2, -1))
             total += (into * steps_in + out_of * (tokens[..., None] - steps_in)).sum((0, 2)) + (whole * tokens).sum(0)
             return
-        earlier = torch.ones_like(pairs[0, 0]).triu_(1)
+        earlier = pairs.new_ones(pairs.shape[-2:]).triu_(1)
         gradient = (pairs @ earlier).tril_().sum(-2).to(self.wide)
         gradient += into.flip(-1).cumsum(-1).flip(-1)
         gradient[..., 1:] += out_of.cumsum(-1)[..., :-1]
@@ -112,7 +112,9 @@ def blocks(layout: RowChunks | DocumentChunks, heads: int) -> list[tuple[slice, 
 
 def in_lanes(layout: RowChunks | DocumentChunks, positions: range, *tensors: Tensor) -> list[tuple[Any, ...]]:
     """`(position, views...)` of each position: of each tensor `[n,...]` the lanes there, `[lanes,...]`."""
-    return list(zip(positions, *(x.split(layout.lanes) for x in tensors), strict=True))
+    # Not split(lanes), which makes one piece where there are no lanes at all.
+    views = (x.unflatten(0, (len(positions), layout.lanes)).unbind() for x in tensors)
+    return list(zip(positions, *views, strict=True))
 
 
 def chain_buffer(chunks: int, lanes: int, state: Tensor, at_end: bool = False) -> Tensor:
