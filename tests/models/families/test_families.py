@@ -169,6 +169,8 @@ def test_a_config_of_another_family_is_refused_by_name(tmp_path):
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is true; supported is false"),
         ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'; supported is 'gelu_pytorch_tanh'"),
         ("phi3", {"resid_pdrop": 0.1}, "phi3: resid_pdrop is 0.1; supported is 0"),
+        ("phi3", {"lm_head_bias": True}, "phi3: lm_head_bias is true; supported is false"),
+        ("qwen2", {"use_mrope": True}, "qwen2: use_mrope is true; supported is false"),
         ("smollm3", {"layer_types": ["sliding_attention"] * 5, "sliding_window": 4}, "use_sliding_window is false"),
         (
             "llama",
@@ -183,6 +185,23 @@ def test_an_option_that_ours_lacks_is_refused(family, change, message):
         setattr(net.config, name, value)
     with pytest.raises(FamilyError, match=message):
         zoo.from_hf(net)
+
+
+@pytest.mark.parametrize(
+    ("family", "beside"),
+    [
+        ("gemma2", {"hidden_act": "gelu_pytorch_tanh", "sliding_window_size": 4096, "cache_implementation": "hybrid"}),
+        ("qwen2", {"use_mrope": False, "max_window_layers": 24}),
+        ("phi3", {"attention_bias": False, "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}}),
+        ("phi3", {"mlp_bias": False, "lm_head_bias": False, "full_attn_mod": 1, "interpolate_factor": 1}),
+        ("smollm3", {"max_window_layers": 28, "pretraining_tp": 2}),
+    ],
+)
+def test_what_released_configurations_hold_beside(family, beside, tmp_path):
+    theirs(family, 0).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | beside | {"rope_scaling": None}))
+    assert zoo.from_hf(tmp_path).config.to_mapping() == zoo.from_hf(theirs(family, 0)).config.to_mapping()
 
 
 def saved(tmp_path):

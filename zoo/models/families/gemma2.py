@@ -53,4 +53,6 @@ FAMILY = Family(
         "ffn_second_norm.weight": "post_feedforward_layernorm.weight",
     },
     blocks={"attention": parts.ATTENTION, "mlp": parts.within("mlp", parts.MLP)},
+    # What released configurations hold beside; transformers goes by hidden_activation and sliding_window.
+    immaterial=("hidden_act", "sliding_window_size", "cache_implementation"),
 )

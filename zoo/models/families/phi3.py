@@ -18,6 +18,14 @@ MLP = {("gate_proj.*", "up_proj.*"): Rows("gate_up_proj.*"), "down_proj.*": "dow
 def read(fields: Fields) -> dict[str, Any]:
     for name in ("resid_pdrop", "embd_pdrop"):
         fields.only(name, 0, None)
+    # These are of released configurations alone: those of Phi-3, and of Phi-4-mini.
+    for name, value in {
+        "attention_bias": False,
+        "lm_head_bias": False,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+    }.items():
+        fields.only(name, value, None)
     fields("original_max_position_embeddings")  # rope_parameters has it where it counts
     return {
         "norm": {"eps": fields("rms_norm_eps")},

@@ -11,6 +11,7 @@ from zoo.models.families.base import Family, Fields
 
 def read(fields: Fields) -> dict[str, Any]:
     fields("use_sliding_window")  # without it the configuration has no sliding_window
+    fields.only("use_mrope", False, None)  # of released configurations alone
     mixer = parts.attention(fields) | {"bias": True, "output_bias": False}
     return {"norm": {"eps": fields("rms_norm_eps")}} | parts.windowed(fields, mixer, parts.mlp(fields))
 

@@ -49,5 +49,5 @@ FAMILY = Family(
     outside=parts.OUTSIDE,
     layer=parts.LAYER,
     blocks={"attention": parts.ATTENTION, "mlp": parts.within("mlp", parts.MLP)},
-    immaterial=("no_rope_layer_interval",),  # no_rope_layers says it
+    immaterial=("no_rope_layer_interval", "max_window_layers"),  # no_rope_layers and layer_types say it
 )
