@@ -73,8 +73,8 @@ def to_hf(model: ZooForCausalLM, family: str | None = None) -> PreTrainedModel:
 def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """What a checkpoint of `model` holds: parameters, and buffers that were learned. A tied head is the embedding and
     not among them."""
-    saved = model.state_dict(keep_vars=True)
-    return dict(model.named_parameters()) | {name: each for name, each in model.named_buffers() if name in saved}
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in own}
 
 
 def family_of(model: ZooConfig, name: str | None = None) -> tuple[Family, PreTrainedConfig]:
