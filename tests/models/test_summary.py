@@ -9,6 +9,8 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import zoo
+from tests.conformance.subjects import SUBJECTS
+from zoo.cli.describe import table
 from zoo.models.summary import runs, summarize
 
 CONFIGS = sorted(Path("configs/models").glob("*.yaml"))
@@ -23,6 +25,20 @@ def test_costs_are_the_built_model_s(path: Path) -> None:
     assert total.active_params == model.num_active_params()
     assert total.flops == model.flops(1, 3000)
     assert total.state_bytes == model.state_bytes(1, 3000)
+
+
+@pytest.mark.parametrize("subject", ["zamba", "shared"])
+def test_weights_that_layers_share_are_counted_once(subject: str) -> None:
+    config = zoo.load_config(SUBJECTS[subject])
+    model = zoo.build(config, device="meta", dtype=torch.bfloat16)
+    summary = summarize(config, 3000)
+    assert summary.total.params == model.num_params()
+    assert summary.total.active_params == model.num_active_params()
+    assert summary.total.flops == model.flops(1, 3000)
+    assert summary.total.state_bytes == model.state_bytes(1, 3000)
+    shared = {layer.name for layer in config.layers if layer.shared}
+    assert set(summary.shared) == shared and all(cost.params > 0 for cost in summary.shared.values())
+    assert all(any(f"{name}, shared" in line for line in table(summary)) for name in shared)
 
 
 def test_an_untied_head_and_a_layer_norm_are_counted() -> None:
