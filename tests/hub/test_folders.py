@@ -39,7 +39,7 @@ def test_in_and_out_again(family, index, dtype, tmp_path):
     assert ours.dtype == dtype and ours.config.to_mapping() == direct.config.to_mapping()
     for name, tensor in direct.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor), name
-    convert(tmp_path / "ours", tmp_path / "back", "native", shard_bytes=30_000)
+    convert(tmp_path / "ours", tmp_path / "back", "native", family=family, shard_bytes=30_000)
     before, after = weights(tmp_path / "theirs"), weights(tmp_path / "back")
     assert set(after) == set(before)
     for name, tensor in after.items():

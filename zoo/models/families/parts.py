@@ -236,7 +236,11 @@ def solve(function: Callable[[float], float], value: float, near: float) -> floa
 
 
 def pattern(names: list[str]) -> str:
-    """A pattern with repeated names counted."""
+    """A pattern with repeated names counted, and the whole in brackets where it repeats itself: `(a*3 b)*9`."""
+    for period in range(2, len(names) // 2 + 1):
+        times, rest = divmod(len(names), period)
+        if not rest and len(set(names)) > 1 and names == names[:period] * times:
+            return f"({pattern(names[:period])})*{times}"
     runs: list[list[Any]] = []
     for name in names:
         if runs and runs[-1][0] == name:
