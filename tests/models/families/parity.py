@@ -18,7 +18,8 @@ from zoo.models.families.convert import saved_tensors
 
 COMMON = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # By family: `configs`, small ones, where head_dim is not hidden / heads, with groups, odd vocabularies, biases, tied or
-# not, ends of a mix; `published`, sizes as released; `notes`, what transformers gets wrong.
+# not, ends of a mix; `published`, sizes as released; `notes`, what transformers gets wrong; `refused`, ways of running
+# (measure.py) that a configuration has not.
 FILES = {file.stem: yaml.load_file(file) for file in sorted((Path(__file__).parent / "cases").glob("*.yaml"))}
 CONFIGS: dict[str, list[dict[str, Any]]] = {family: file["configs"] for family, file in FILES.items()}
 CASES = [(family, i) for family, configs in CONFIGS.items() for i in range(len(configs))]

@@ -304,3 +304,37 @@ def test_ours_becomes_theirs():
     assert type(net) is transformers.Mamba2ForCausalLM
     tokens = ids(net)
     assert close(ours(tokens).logits, net(tokens, use_cache=False).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "index", "config"),
+    [
+        ("mamba", 0, {"d_model": 24, "n_layer": 2, "vocab_size": 33, "ssm_cfg": {"d_state": 6, "dt_rank": 5},
+                      "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True, "tie_embeddings": False}),
+        ("mamba2", 1, {"d_model": 20, "d_intermediate": 0, "n_layer": 3, "vocab_size": 41, "attn_layer_idx": [],
+                       "ssm_cfg": {"layer": "Mamba2", "d_state": 7, "headdim": 20, "ngroups": 1, "expand": 3,
+                                   "d_conv": 3, "bias": True, "conv_bias": False},
+                       "pad_vocab_size_multiple": 43, "tie_embeddings": True}),
+    ],
+)  # fmt: skip
+def test_the_layout_of_mamba_ssm(family, index, config, tmp_path):
+    """Its own config.json, and the embedding by its own name."""
+    net = theirs(family, index) if family == "mamba2" else _padded_to(40, theirs(family, index))
+    tensors = {name.replace("embeddings.", "embedding."): tensor for name, tensor in net.state_dict().items()}
+    if config["tie_embeddings"]:
+        tensors.pop("lm_head.weight", None)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours, tokens = zoo.from_hf(tmp_path), ids(net)
+    assert close(ours(tokens).logits, net(tokens, use_cache=False).logits)
+    for change, message in (({"rms_norm": False}, "rms_norm is false; supported is true"),
+                            ({"attn_layer_idx": [1]}, r"attn_layer_idx is \[1\]; supported is \[\]"),
+                            ({"something": 1}, "something is 1, which is not supported")):  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(FamilyError, match=message):
+            zoo.from_hf(tmp_path)
+
+
+def _padded_to(vocab_size, net):
+    net.resize_token_embeddings(vocab_size)
+    return net

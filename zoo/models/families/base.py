@@ -143,6 +143,8 @@ class Family:
     immaterial   fields of the configuration that change no number.
     beside       starts of names of tensors beside the language model; not read.
     notes        what a user should know who reads such a configuration, one line each.
+    original     a config.json without model_type, as the architecture's own authors write it, in transformers' fields;
+                 None for one of another.
     former       starts of names in released checkpoints, and what transformers' module calls them.
     further_layers  whether checkpoints hold layers after the last, for the prediction of further tokens; not read.
     """
@@ -163,6 +165,7 @@ class Family:
     beside: tuple[str, ...] = ()
     config_class: type[PreTrainedConfig] | None = None
     notes: Callable[[PreTrainedConfig], tuple[str, ...]] = lambda config: ()
+    original: Callable[[Mapping[str, Any]], dict[str, Any] | None] = lambda values: None
     former: Mapping[str, str] = field(default_factory=dict)
     further_layers: bool = False
 

@@ -144,6 +144,10 @@ def read_config(file: Path) -> PreTrainedConfig:
         model_type = values.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise FamilyError(f"{file}: cannot be read: {error}") from None
+    if model_type is None:
+        for family in FAMILIES.values():
+            if (fields := family.original(values)) is not None:
+                return family.configuration()(**fields)
     if model_type == ZooConfig.model_type:
         try:
             return load_config(file)

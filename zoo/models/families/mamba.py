@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from zoo.config import ZooConfig
 from zoo.models.families import parts
-from zoo.models.families.base import Family, Fields, Taps
+from zoo.models.families.base import Family, FamilyError, Fields, Taps
+from zoo.schema import shown
 
 OUTSIDE = {
-    "model.embed_tokens.weight": "backbone.embeddings.weight",
+    # In the middle as mamba-ssm has it.
+    "model.embed_tokens.weight": (
+        "backbone.embeddings.weight",
+        "backbone.embedding.weight",
+        "backbone.embeddings.weight",
+    ),
     "model.norm.weight": "backbone.norm_f.weight",
     "lm_head.weight": "lm_head.weight",
 }
@@ -26,6 +33,51 @@ MIXER = {
     "dt_bias": "dt_proj.bias",
     "out_proj.*": "out_proj.*",
 }
+
+
+# mamba-ssm's `ssm_cfg` in transformers' fields: Mamba's, and of Mamba-2's those with the same names.
+SSM = {
+    "d_state": "state_size",
+    "d_conv": "conv_kernel",
+    "expand": "expand",
+    "bias": "use_bias",
+    "conv_bias": "use_conv_bias",
+}
+
+
+def original(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    return from_mamba_ssm(values, "Mamba1", SSM | {"dt_rank": "time_step_rank"}, multiple=8)
+
+
+def from_mamba_ssm(
+    values: Mapping[str, Any], layer: str, names: Mapping[str, str], multiple: int
+) -> dict[str, Any] | None:
+    """The config.json of a model of mamba-ssm with such layers, in transformers' fields; None if it is of another.
+
+    `multiple` is what the vocabulary is padded to by default.
+
+    Raises:
+        FamilyError: it has what transformers' family has not.
+    """
+    ssm = dict(values.get("ssm_cfg") or {})
+    if not {"d_model", "n_layer", "vocab_size"} <= set(values) or ssm.pop("layer", "Mamba1") != layer:
+        return None
+    known = {"d_model", "n_layer", "vocab_size", "ssm_cfg", "pad_vocab_size_multiple", "tie_embeddings"}
+    needed = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}}
+    free = {"residual_in_fp32", "fused_add_norm"}  # how it is computed
+    for name, value in [*values.items(), *ssm.items()]:
+        if name in needed and value != needed[name]:
+            raise FamilyError(f"{layer}: {name} is {shown(value)}; supported is {shown(needed[name])}")
+        if name not in known | free | set(needed) | set(names):
+            raise FamilyError(f"{layer}: {name} is {shown(value)}, which is not supported")
+    multiple = values.get("pad_vocab_size_multiple", multiple)
+    return {
+        "vocab_size": -(-values["vocab_size"] // multiple) * multiple,
+        "hidden_size": values["d_model"],
+        "num_hidden_layers": values["n_layer"],
+        "tie_word_embeddings": values.get("tie_embeddings", True),
+        **{theirs: ssm[name] for name, theirs in names.items() if name in ssm},
+    }
 
 
 def read(fields: Fields) -> dict[str, Any]:
@@ -69,4 +121,5 @@ FAMILY = Family(
     layer=LAYER,
     blocks={"mamba": parts.within("mixer", MIXER)},
     prefix="backbone.layers.{i}.",
+    original=original,
 )

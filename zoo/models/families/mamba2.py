@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from zoo.config import ZooConfig
 from zoo.models.families import parts
 from zoo.models.families.base import Family, FamilyError, Fields, Taps
-from zoo.models.families.mamba import LAYER, OUTSIDE
+from zoo.models.families.mamba import LAYER, OUTSIDE, SSM, from_mamba_ssm
 
 MIXER = {
     "A_log": "A_log",
@@ -20,6 +21,14 @@ MIXER = {
     "norm_weight": "norm.weight",
     "out_proj.*": "out_proj.*",
 }
+
+
+def original(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    fields = from_mamba_ssm(values, "Mamba2", SSM | {"headdim": "head_dim", "ngroups": "n_groups"}, multiple=16)
+    if fields is None:
+        return None
+    fields = {"state_size": 128, "head_dim": 64, "n_groups": 1, "expand": 2} | fields
+    return fields | {"num_heads": fields["expand"] * fields["hidden_size"] // fields["head_dim"]}
 
 
 def read(fields: Fields) -> dict[str, Any]:
@@ -72,4 +81,5 @@ FAMILY = Family(
     layer=LAYER,
     blocks={"mamba2": parts.within("mixer", MIXER)},
     prefix="backbone.layers.{i}.",
+    original=original,
 )
