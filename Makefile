@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Installed again whenever what is to be installed changes.
 READY := $(VENV)/.ready
 
-.PHONY: train test lint conformance benchmarks clean
+.PHONY: train test lint conformance parity benchmarks clean
 
 train: $(READY)
 	$(BIN)/python train.py fit --config $(CONFIG)
@@ -22,6 +22,10 @@ lint: $(READY)
 # docs/conformance.md, from a run of the whole matrix.
 conformance: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/conformance --write-conformance
+
+# docs/families.md and the published sizes in configs/models, from a run of every family beside transformers.
+parity: $(READY)
+	$(BIN)/python -W ignore -m tests.models.families.document
 
 # Every figure of docs/performance.md on this CPU, and the page. Nothing else should run meanwhile.
 benchmarks: $(READY)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import zoo
+from tests.models.families.published import SIZES
 from zoo.cli.check import check_file
 from zoo.models.summary import summarize
 
@@ -20,7 +21,8 @@ STYLES = {"transformer", "minimax", "jamba", "mamba2"}
 def test_no_file_is_left_out() -> None:
     every = {path for path in Path("configs").rglob("*") if path.is_file()}
     assert every == set(MODELS) | set(TRAIN)
-    assert {path.stem for path in MODELS} == {f"{style}-{size}" for style in STYLES for size in ("tiny", "125m")}
+    own = {f"{style}-{size}" for style in STYLES for size in ("tiny", "125m")}
+    assert {path.stem for path in MODELS} == own | {size.name for size in SIZES}
     assert {path.stem for path in TRAIN} == {f"{style}-tiny" for style in STYLES}
 
 

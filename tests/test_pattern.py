@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoo.pattern import MAX_LAYERS, PatternError, parse
+from zoo.pattern import MAX_LAYERS, PatternError, parse, shortest_period, spell
 
 NAMES = st.sampled_from(["a", "softmax", "mamba_moe", "x-1.b", "_y"])
 # A pattern as a tree: a name, or (a list of trees, how often).
@@ -145,3 +145,31 @@ def test_long_texts_are_refused() -> None:
     for text in ("a " * 20_000, "(" * 20_000, "a*1 " * 20_000, "(a)*1" * 20_000, "a" * 20_000 + "*"):
         with pytest.raises(PatternError):
             parse(text)
+
+
+@pytest.mark.parametrize(
+    ("names", "period"),
+    [("a", 1), ("aaa", 1), ("ab", 2), ("abab", 2), ("aba", 3), ("aabaab", 3), ("aabaaba", 7), ("abcabc" * 50, 3)],
+)
+def test_shortest_period(names: str, period: int) -> None:
+    assert shortest_period(list(names)) == period
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        ("a", "a"),
+        ("aaa", "a*3"),
+        ("aab", "a*2 b"),
+        ("abab", "(a b)*2"),
+        ("aabaab", "(a*2 b)*2"),
+        ("aabaa", "a*2 b a*2"),
+    ],
+)
+def test_spell(names: str, pattern: str) -> None:
+    assert spell(list(names)) == pattern and parse(pattern) == list(names)
+
+
+@given(st.lists(st.sampled_from(["a", "b", "lightning"]), min_size=1, max_size=40))
+def test_what_is_spelled_parses_back(names: list[str]) -> None:
+    assert parse(spell(names)) == names

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 MAX_LAYERS = 10_000
 MAX_DEPTH = 50
@@ -102,3 +103,27 @@ def _sequence(pattern: str, tokens: list[_Token], position: int, depth: int) -> 
         before = "the end" if tokens[position].kind == "end" else repr(tokens[position].text)
         raise PatternError(pattern, column, f"a block name is missing before {before}")
     return names, position
+
+
+def spell(names: Sequence[str]) -> str:
+    """A pattern for `names`: what repeats throughout is counted, and so is one name after itself."""
+    period = shortest_period(names)
+    runs = [(name, len(list(group))) for name, group in groupby(names[:period])]
+    once = " ".join(name if count == 1 else f"{name}*{count}" for name, count in runs)
+    repeats = len(names) // period
+    if repeats == 1:
+        return once
+    return f"{once}*{repeats}" if period == 1 else f"({once})*{repeats}"
+
+
+def shortest_period(names: Sequence[str]) -> int:
+    """The smallest p such that the first p names, repeated, are all of them."""
+    # Knuth, Morris and Pratt's failure function: the longest prefix that is also a suffix gives the period.
+    fail = [0] * len(names)
+    for i in range(1, len(names)):
+        k = fail[i - 1]
+        while k and names[i] != names[k]:
+            k = fail[k - 1]
+        fail[i] = k + (names[i] == names[k])
+    period = len(names) - fail[-1]
+    return period if len(names) % period == 0 else len(names)

@@ -8,7 +8,6 @@ import yaml
 
 from tests.cli.helpers import MODEL, fails
 from zoo.cli import main
-from zoo.cli.check import shortest_period
 
 TRAIN = """
 model:
@@ -58,14 +57,6 @@ def test_a_stack_that_repeats_is_shown_once(model: Path, capsys: pytest.CaptureF
         "        0 - 6  lightning  lightning + moe",
         "            7  softmax    attention + moe",
     ]
-
-
-@pytest.mark.parametrize(
-    ("names", "period"),
-    [("a", 1), ("aaa", 1), ("ab", 2), ("abab", 2), ("aba", 3), ("aabaab", 3), ("aabaaba", 7), ("abcabc" * 50, 3)],
-)
-def test_shortest_period(names: str, period: int) -> None:
-    assert shortest_period(list(names)) == period
 
 
 def test_a_mistake_names_file_and_field(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

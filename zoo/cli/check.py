@@ -10,6 +10,7 @@ from zoo import yaml
 from zoo.cli.errors import CommandError
 from zoo.config import Layer, ZooConfig, load_config
 from zoo.models.summary import runs
+from zoo.pattern import shortest_period
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -53,19 +54,6 @@ def stack(config: ZooConfig) -> list[str]:
     for run in shown:
         lines.append(f"  {span(run.first, run.last):>11}  {run.layer.name:{width}}  {parts(run.layer)}")
     return lines
-
-
-def shortest_period(names: list[str]) -> int:
-    """The smallest p such that the first p names, repeated, are all of them."""
-    # Knuth, Morris and Pratt's failure function: the longest prefix that is also a suffix gives the period.
-    fail = [0] * len(names)
-    for i in range(1, len(names)):
-        k = fail[i - 1]
-        while k and names[i] != names[k]:
-            k = fail[k - 1]
-        fail[i] = k + (names[i] == names[k])
-    period = len(names) - fail[-1]
-    return period if len(names) % period == 0 else len(names)
 
 
 def span(first: int, last: int) -> str:

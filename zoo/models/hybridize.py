@@ -25,6 +25,7 @@ from torch import Tensor
 from zoo import yaml
 from zoo.blocks import kind_of
 from zoo.config import ConfigError, Layer, ZooConfig, load_config
+from zoo.pattern import spell
 from zoo.schema import FieldError, nearest
 
 KINDS = {"softmax": "attention"}
@@ -84,7 +85,7 @@ def _replace(model: ZooConfig, text: str) -> tuple[ZooConfig, list[int]]:
             raise ConfigError(f"{text!r}: a block {new!r} with other fields is there already; replace all in one")
         names[i] = new
     mapping["blocks"] = {each: block for each, block in mapping["blocks"].items() if each in names}
-    mapping["pattern"] = names
+    mapping["pattern"] = spell(names)
     try:
         return load_config(mapping), layers
     except ConfigError as error:

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import zoo
-from tests.models.families.parity import ids, theirs
+from tests.models.families.parity import ids, random_model, theirs
+from tests.models.families.published import Size
 from tests.ops.helpers import relative_error
 from zoo.models.families import FAMILIES
-from zoo.models.families.convert import saved_tensors
+from zoo.models.families.convert import family_of, saved_tensors
 
 PADDING = 5
 CHUNKS = (7, 8, 6)
@@ -104,6 +105,18 @@ def training(net: PreTrainedModel, ours: PreTrainedModel) -> dict[str, float]:
         for name, part in zip(form.names(), parts, strict=True):
             worst = max(worst, relative_error(part, gradients[name]))
     return {"loss": relative_error(mine.loss, out.loss), "gradients": worst}
+
+
+@torch.no_grad()
+def real_widths(size: Size) -> dict[str, Any]:
+    """One layer of each kind of a published size: how many, parameters, and logit errors against transformers."""
+    config = size.one_of_each()
+    net = random_model(family_of(config, {"minimax_text_01": "minimax"}.get(size.family, size.family))[1], 0.01)
+    ours = zoo.from_hf(net)
+    tokens = ids(net, 1, sum(CHUNKS))
+    expected = full(net, tokens)
+    found = {way: relative_error(WAYS[way](ours, tokens), expected) for way in ("full", "cached")}
+    return {"layers": len(config.layers), "parameters": ours.num_params()} | found
 
 
 def case(family: str, index: int) -> dict[str, Any]:

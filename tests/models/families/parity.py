@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tests.ops.helpers import in_torch, relative_error
 from zoo import yaml
@@ -26,16 +26,20 @@ CASES = [(family, i) for family, configs in CONFIGS.items() for i in range(len(c
 
 
 def theirs(family: str, index: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model of transformers, every weight perturbed so that no two of them could be confused."""
+    """A model of transformers of a small configuration."""
     torch.manual_seed(index)
-    config = transformers.AutoConfig.for_model(family, **COMMON | CONFIGS[family][index])
+    return random_model(transformers.AutoConfig.for_model(family, **COMMON | CONFIGS[family][index])).to(dtype)
+
+
+def random_model(config: PreTrainedConfig, scale: float = 0.3) -> PreTrainedModel:
+    """A model of transformers, every weight perturbed so that no two of them could be confused."""
     net = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     in_torch(sys.modules[type(net).__module__])
     with torch.no_grad():
         for name, tensor in saved_tensors(net).items():
-            if not name.endswith(FAMILIES[family].derived or ("\0",)):
-                tensor.add_(torch.randn_like(tensor) * (0.3 if tensor.dim() > 1 else 0.1))
-    return net.to(dtype).eval()
+            if not name.endswith(FAMILIES[config.model_type].derived or ("\0",)):
+                tensor.add_(torch.randn_like(tensor), alpha=scale if tensor.dim() > 1 else 0.1)
+    return net.eval()
 
 
 def ids(net: PreTrainedModel, batch: int = 2, length: int = 21) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import yaml
 
 from tests.models.families.parity import FILES
-from zoo.config import _DEFAULTS, ZooConfig
+from zoo.blocks import kind_of
+from zoo.blocks.registry import Role
+from zoo.config import _DEFAULTS, ZooConfig, load_config
 from zoo.models.families import FAMILIES
 from zoo.models.summary import summarize
+from zoo.pattern import parse
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "models"
 
@@ -34,9 +38,28 @@ class Size:
 
     def text(self) -> str:
         """The model file."""
-        mapping = {name: value for name, value in self.config().to_mapping().items() if value != _DEFAULTS.get(name)}
+        mapping = _without_defaults(self.config().to_mapping())
         body = yaml.dump(mapping, Dumper=_Dumper, default_flow_style=None, sort_keys=False, width=118)
         return f"# {self.name}, {self.note}.\n# Written by `make parity` from the released configuration.\n{body}"
+
+    def one_of_each(self) -> ZooConfig:
+        """The shortest run of its layers with each of its blocks: as wide as they are, with few experts and tokens."""
+        mapping = self.config().to_mapping()
+        names = parse(mapping["pattern"])
+        first, last = min(
+            ((i, j) for i in range(len(names)) for j in range(i, len(names)) if set(names[i : j + 1]) == set(names)),
+            key=lambda ends: ends[1] - ends[0],
+        )
+        mapping["pattern"] = names[first : last + 1]
+        mapping["vocab_size"] = 1000
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            mapping.pop(token, None)
+        if self.family == "minimax_text_01":  # which transformers has with every dimension rotated
+            del mapping["blocks"]["softmax"]["mixer"]["rope"]["rotary_dim"]
+        for block in [*mapping["blocks"].values(), mapping.get("defaults", {})]:
+            if "num_experts" in block.get("ffn", {}):
+                block["ffn"]["num_experts"] = min(block["ffn"]["num_experts"], 2 * block["ffn"]["top_k"])
+        return load_config(mapping)
 
     def counts(self) -> tuple[int, int, str]:
         """Parameters, active ones as the authors count them, and how that is: with embedding and head or without."""
@@ -48,6 +71,26 @@ class Size:
             ways["without embedding and head"] = 2 * matrix
         best = min(ways, key=lambda way: abs(total.active_params - ways[way] - self.active))
         return total.params, total.active_params - ways[best], best
+
+
+def _without_defaults(mapping: dict[str, Any]) -> dict[str, Any]:
+    """A model file without what it would be without saying."""
+    short = {name: value for name, value in mapping.items() if value != _DEFAULTS.get(name)}
+    for block in [*short["blocks"].values(), short.get("defaults", {})]:
+        for role in ("mixer", "ffn"):
+            if role in block:
+                block[role] = _part(role, block[role])
+    return short
+
+
+def _part(role: Role, part: dict[str, Any]) -> dict[str, Any]:
+    defaults = {field.name: field.default for field in dataclasses.fields(kind_of(role, part["kind"]).config_class)}
+    short = {name: value for name, value in part.items() if name == "kind" or value != defaults[name]}
+    if part.get("rope", 0) is None:
+        short["rope"] = None  # which is no default
+    if "branches" in short:
+        short["branches"] = [_part("mixer", branch) for branch in short["branches"]]
+    return short
 
 
 class _Dumper(yaml.SafeDumper):

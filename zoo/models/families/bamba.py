@@ -9,6 +9,7 @@ from zoo.blocks.mamba2 import Mamba2Config
 from zoo.config import ZooConfig
 from zoo.models.families import mamba2, parts
 from zoo.models.families.base import Family, Fields
+from zoo.pattern import spell
 
 # Fields that Bamba's relatives have too, which change nothing here.
 IMMATERIAL = ("mamba_chunk_size", "num_logits_to_keep", "mamba_expand", "mamba_dt_rank", "attn_rotary_emb")
@@ -55,7 +56,7 @@ def read(fields: Fields) -> dict[str, Any]:
         "norm": {"eps": fields("rms_norm_eps")},
         "defaults": {"ffn": parts.mlp(fields)},
         "blocks": {name: {"mixer": mixers[name]} for name in mixers if name in names},
-        "pattern": parts.pattern(names),
+        "pattern": spell(names),
     }
 
 

@@ -188,7 +188,10 @@ class Family:
         """
         try:
             given = self.write(model)
-            carried = {name: getattr(model, name) for name in CARRIED if getattr(model, name) is not None}
+            # A token that is None must be so there, whatever that class's default.
+            carried = {name: getattr(model, name) for name in CARRIED}
+            if model.max_position_embeddings is None:
+                del carried["max_position_embeddings"]
             common = {
                 "vocab_size": model.vocab_size,
                 "hidden_size": model.hidden_size,

@@ -7,6 +7,7 @@ from typing import Any
 from zoo.config import ZooConfig
 from zoo.models.families import parts
 from zoo.models.families.base import Family, Fields
+from zoo.pattern import spell
 
 MLA = {"num_heads": "num_attention_heads", "bias": "attention_bias"} | {
     name: name for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -32,7 +33,7 @@ def read(fields: Fields) -> dict[str, Any]:
     blocks = {
         name: {"mixer": {"kind": "mla", "rope": rope} | mixer, "ffn": ffns[name]} for name in dict.fromkeys(names)
     }
-    return {"norm": {"eps": fields("rms_norm_eps")}, "blocks": blocks, "pattern": parts.pattern(names)}
+    return {"norm": {"eps": fields("rms_norm_eps")}, "blocks": blocks, "pattern": spell(names)}
 
 
 def write(model: ZooConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from zoo.config import ZooConfig
 from zoo.models.families import parts
 from zoo.models.families.base import Family, Fields, Same
+from zoo.pattern import spell
 
 TYPES = {"sliding_attention": "sliding", "full_attention": "full"}
 
@@ -58,7 +59,7 @@ def read(fields: Fields) -> dict[str, Any]:
     experts |= {"bias": True, **{f"swiglu_{name}": float(fields(f"swiglu_{name}")) for name in ("limit", "alpha")}}
     names = [TYPES[name] for name in fields("layer_types")]
     blocks = {name: {"mixer": mixers[name], "ffn": experts} for name in dict.fromkeys(names)}
-    return {"norm": {"eps": fields("rms_norm_eps")}, "blocks": blocks, "pattern": parts.pattern(names)}
+    return {"norm": {"eps": fields("rms_norm_eps")}, "blocks": blocks, "pattern": spell(names)}
 
 
 def write(model: ZooConfig) -> dict[str, Any]:

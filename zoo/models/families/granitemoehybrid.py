@@ -8,6 +8,7 @@ from typing import Any
 from zoo.config import ZooConfig
 from zoo.models.families import bamba, mamba2, parts
 from zoo.models.families.base import Family, Fields, Rows
+from zoo.pattern import spell
 
 MIXERS = {"linear_attention": "mamba2", "full_attention": "softmax"}
 
@@ -31,7 +32,7 @@ def read(fields: Fields) -> dict[str, Any]:
         "logit_scale": 1 / fields("logits_scaling"),
         "defaults": {"ffn": moe if moe["num_experts"] else {"kind": "mlp", "intermediate_size": shared}},
         "blocks": {name: {"mixer": mixers[name]} for name in mixers if name in names},
-        "pattern": parts.pattern(names),
+        "pattern": spell(names),
     }
 
 

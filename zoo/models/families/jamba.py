@@ -8,6 +8,7 @@ from zoo.config import ZooConfig
 from zoo.models.families import parts
 from zoo.models.families.base import Family, Fields, PerExpert
 from zoo.models.families.mamba import MIXER
+from zoo.pattern import spell
 
 
 def read(fields: Fields) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def read(fields: Fields) -> dict[str, Any]:
         mixture = experts > 1 and i % moe_period == moe_offset
         names.append(("softmax" if i % period == offset else "mamba") + ("_moe" if mixture else ""))
     blocks = {m + f: {"mixer": mixers[m], "ffn": ffns[f]} for m in mixers for f in ffns if m + f in names}
-    return {"norm": {"eps": fields("rms_norm_eps")}, "blocks": blocks, "pattern": parts.pattern(names)}
+    return {"norm": {"eps": fields("rms_norm_eps")}, "blocks": blocks, "pattern": spell(names)}
 
 
 def write(model: ZooConfig) -> dict[str, Any]:

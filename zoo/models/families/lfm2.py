@@ -7,6 +7,7 @@ from typing import Any
 from zoo.config import ZooConfig
 from zoo.models.families import parts
 from zoo.models.families.base import Family, Fields, Taps
+from zoo.pattern import spell
 
 KINDS = {"short_conv": "conv", "attention": "full_attention"}
 
@@ -22,7 +23,7 @@ def read(fields: Fields) -> dict[str, Any]:
         "norm": {"eps": fields("norm_eps")},
         "defaults": {"ffn": {"kind": "mlp", "intermediate_size": _width(fields)}},
         "blocks": {name: {"mixer": mixer} for name, mixer in mixers.items() if name in names},
-        "pattern": parts.pattern(names),
+        "pattern": spell(names),
     }
 
 

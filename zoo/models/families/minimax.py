@@ -12,6 +12,7 @@ from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttenti
 from zoo.config import ZooConfig
 from zoo.models.families import parts
 from zoo.models.families.base import Family, Fields
+from zoo.pattern import spell
 
 MIXERS = {"linear_attention": "lightning", "full_attention": "softmax"}
 
@@ -34,7 +35,7 @@ def read(fields: Fields) -> dict[str, Any]:
         "norm": {"eps": fields("rms_norm_eps")},
         "defaults": {"ffn": parts.experts(fields, "num_local_experts", renormalize=True)},
         "blocks": {"lightning": block(lightning, "linear"), "softmax": block(attention, "full")},
-        "pattern": parts.pattern([MIXERS[name] for name in fields("layer_types")]),
+        "pattern": spell([MIXERS[name] for name in fields("layer_types")]),
     }
 
 

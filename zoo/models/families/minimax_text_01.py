@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from zoo.config import ZooConfig
 from zoo.models.families import minimax, parts
 from zoo.models.families.base import Family, Fields
+from zoo.pattern import spell
 
 ALPHAS = ("layernorm_linear_attention", "layernorm_full_attention", "layernorm_mlp")
 
@@ -81,7 +82,7 @@ def read(fields: Fields) -> dict[str, Any]:
         "norm": {"eps": fields("rms_norm_eps")},
         "defaults": {"ffn": parts.experts(fields, "num_local_experts", renormalize=True)},
         "blocks": {"lightning": block({"kind": "lightning", **heads}, linear), "softmax": block(softmax, full)},
-        "pattern": parts.pattern(["softmax" if each else "lightning" for each in types]),
+        "pattern": spell(["softmax" if each else "lightning" for each in types]),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from zoo.config import ZooConfig
 from zoo.models.families import mamba2, parts
 from zoo.models.families.base import Family, FamilyError, Fields, PerExpert
+from zoo.pattern import spell
 
 BLOCKS = {"linear_attention": "mamba2", "full_attention": "softmax", "mlp": "mlp", "moe": "moe"}
 KINDS = {"mamba2": "linear_attention", "attention": "full_attention", "mlp": "mlp", "moe": "moe"}
@@ -60,7 +61,7 @@ def read(fields: Fields) -> dict[str, Any]:
     return {
         "norm": {"eps": fields("layer_norm_epsilon")},
         "blocks": {name: block for name, block in blocks.items() if name in names},
-        "pattern": parts.pattern(names),
+        "pattern": spell(names),
     }
 
 

@@ -15,6 +15,7 @@ from zoo.config import Layer, ZooConfig
 from zoo.models.families import parts
 from zoo.models.families.base import Family, Fields, Form, Names, Taps
 from zoo.models.families.qwen3_next import KINDS, MIXERS, delta, delta_fields
+from zoo.pattern import spell
 
 NORM_EPS = 1e-5  # of Gated DeltaNet's output, whatever the model's own eps
 
@@ -57,7 +58,7 @@ def read(fields: Fields) -> dict[str, Any]:
         "norm": {"eps": fields("rms_norm_eps")},
         "defaults": {"ffn": parts.mlp(fields)},
         "blocks": {name: {"mixer": mixers[name], "residual": residuals[name]} for name in mixers},
-        "pattern": parts.pattern([MIXERS[name] for name in fields("layer_types")]),
+        "pattern": spell([MIXERS[name] for name in fields("layer_types")]),
     }
 
 

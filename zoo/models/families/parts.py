@@ -11,6 +11,7 @@ from zoo.blocks.moe import MoEConfig
 from zoo.blocks.rope import SCALING, RopeConfig
 from zoo.config import ZooConfig
 from zoo.models.families.base import FamilyError, Fields, Form, Names, PerExpert
+from zoo.pattern import spell
 
 OUTSIDE = {
     "model.embed_tokens.weight": "model.embed_tokens.weight",
@@ -188,7 +189,7 @@ def windowed(fields: Fields, mixer: dict[str, Any], ffn: dict[str, Any]) -> dict
     sizes = windows(fields)
     names = ["full" if size is None else "sliding" for size in sizes]
     blocks = {name: {"mixer": mixer | {"window": size}, "ffn": ffn} for name, size in zip(names, sizes, strict=True)}
-    return {"blocks": blocks, "pattern": pattern(names)}
+    return {"blocks": blocks, "pattern": spell(names)}
 
 
 def window_fields(model: ZooConfig) -> dict[str, Any]:
@@ -233,21 +234,6 @@ def solve(function: Callable[[float], float], value: float, near: float) -> floa
     rounded = (float(f"{near:.{digits}g}") for digits in range(1, 18))
     beside = (math.nextafter(near, to) for to in (-math.inf, math.inf))
     return next((x for x in (*rounded, *beside) if function(x) == value), near)
-
-
-def pattern(names: list[str]) -> str:
-    """A pattern with repeated names counted, and the whole in brackets where it repeats itself: `(a*3 b)*9`."""
-    for period in range(2, len(names) // 2 + 1):
-        times, rest = divmod(len(names), period)
-        if not rest and len(set(names)) > 1 and names == names[:period] * times:
-            return f"({pattern(names[:period])})*{times}"
-    runs: list[list[Any]] = []
-    for name in names:
-        if runs and runs[-1][0] == name:
-            runs[-1][1] += 1
-        else:
-            runs.append([name, 1])
-    return " ".join(name if count == 1 else f"{name}*{count}" for name, count in runs)
 
 
 def layers_with(model: ZooConfig, kind: str) -> list[int]:

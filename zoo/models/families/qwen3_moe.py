@@ -7,6 +7,7 @@ from typing import Any
 from zoo.config import ZooConfig
 from zoo.models.families import parts
 from zoo.models.families.base import Family, Fields
+from zoo.pattern import spell
 
 
 def read(fields: Fields) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def read(fields: Fields) -> dict[str, Any]:
     names = ["dense" if i in dense or (i + 1) % step or not experts["num_experts"] else "moe" for i in layers]
     ffns = {"dense": parts.mlp(fields), "moe": experts}
     blocks = {name: {"mixer": mixer, "ffn": ffns[name]} for name in ffns if name in names}
-    return {"norm": {"eps": fields("rms_norm_eps")}, "blocks": blocks, "pattern": parts.pattern(names)}
+    return {"norm": {"eps": fields("rms_norm_eps")}, "blocks": blocks, "pattern": spell(names)}
 
 
 def write(model: ZooConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from zoo.blocks.gated_delta import GatedDeltaConfig
 from zoo.config import ZooConfig
 from zoo.models.families import parts
 from zoo.models.families.base import Family, Fields, Names, Same, Taps
+from zoo.pattern import spell
 
 MIXERS = {"linear_attention": "delta", "full_attention": "softmax"}
 KINDS = {"gated_delta": "linear_attention", "attention": "full_attention"}
@@ -72,7 +73,7 @@ def read(fields: Fields) -> dict[str, Any]:
         names.append(MIXERS[name] + ("" if mixture else "_dense"))
     blocks = {m + f: {"mixer": mixers[m], "ffn": ffns[f]} for m in mixers for f in ffns if m + f in names}
     norm = {"eps": fields("rms_norm_eps"), "zero_centered": True}
-    return {"norm": norm, "blocks": blocks, "pattern": parts.pattern(names)}
+    return {"norm": norm, "blocks": blocks, "pattern": spell(names)}
 
 
 def write(model: ZooConfig) -> dict[str, Any]:

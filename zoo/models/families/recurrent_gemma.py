@@ -9,6 +9,7 @@ import torch
 from zoo.config import ZooConfig
 from zoo.models.families import parts
 from zoo.models.families.base import Family, Fields, Taps
+from zoo.pattern import spell
 
 KINDS = {"rglru": "recurrent", "attention": "attention"}
 
@@ -34,7 +35,7 @@ def read(fields: Fields) -> dict[str, Any]:
         "logit_softcap": float(fields("logits_soft_cap")),
         "defaults": {"ffn": {"kind": "mlp", "intermediate_size": width, "activation": "gelu_tanh", "bias": True}},
         "blocks": {name: {"mixer": mixer} for name, mixer in mixers.items() if name in names},
-        "pattern": parts.pattern(names),
+        "pattern": spell(names),
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from zoo.config import ZooConfig
 from zoo.models.families import parts
 from zoo.models.families.base import Family, FamilyError, Fields
+from zoo.pattern import spell
 
 
 def read(fields: Fields) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def read(fields: Fields) -> dict[str, Any]:
         name = ("rope" if has_rope else "nope") + ("" if size is None else "-sliding")
         blocks[name] = {"mixer": mixer | ({} if has_rope else {"rope": None}) | {"window": size}, "ffn": ffn}
         names.append(name)
-    return {"norm": {"eps": fields("rms_norm_eps")}, "blocks": blocks, "pattern": parts.pattern(names)}
+    return {"norm": {"eps": fields("rms_norm_eps")}, "blocks": blocks, "pattern": spell(names)}
 
 
 def write(model: ZooConfig) -> dict[str, Any]:

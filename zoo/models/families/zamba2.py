@@ -9,6 +9,7 @@ from zoo.config import ZooConfig
 from zoo.models.families import parts
 from zoo.models.families.base import Family, Fields, Names, Rows
 from zoo.models.families.mamba2 import MIXER
+from zoo.pattern import spell
 
 NORM_EPS = 1e-5  # of Mamba-2's own norm, whatever the model's
 
@@ -91,7 +92,7 @@ def read(fields: Fields) -> dict[str, Any]:
     return {
         "norm": {"eps": NORM_EPS},
         "blocks": {name: blocks.get(name, transformer) for name in dict.fromkeys(names)},
-        "pattern": parts.pattern(names),
+        "pattern": spell(names),
     }
 
 
