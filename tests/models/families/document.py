@@ -65,7 +65,7 @@ def document(found: dict[tuple[str, int], dict[str, Any]], wide: dict[str, dict[
         "- padded: of a left-padded row, against transformers' full forward of that row alone;",
         "- cached, chunked: of a prompt and then a token at a time, and of a prompt in three chunks, against its full "
         "forward;",
-        "- loss, gradients: the worst of any tensor.",
+        "- loss, gradients: the worst of any tensor; ours in float64, so that what is left is transformers' rounding.",
         "",
         _row("family", "configurations", *BOUNDS),
         _row(*["---"] * (len(BOUNDS) + 2)),

@@ -15,7 +15,7 @@ from tests.models.families.parity import ids, random_model, theirs
 from tests.models.families.published import Size
 from tests.ops.helpers import relative_error
 from zoo.models.families import FAMILIES
-from zoo.models.families.convert import family_of, saved_tensors
+from zoo.models.families.convert import family_of
 
 PADDING = 5
 CHUNKS = (7, 8, 6)
@@ -93,17 +93,19 @@ def errors(net: PreTrainedModel, model: PreTrainedModel) -> dict[str, float | st
 
 
 def training(net: PreTrainedModel, ours: PreTrainedModel) -> dict[str, float]:
-    """Relative errors of the loss and, at worst, of a tensor's gradient."""
+    """Relative errors of the loss and, at worst, of a tensor's gradient; every tensor of transformers' is compared."""
     tokens, family = ids(net), FAMILIES[net.config.model_type]
+    net.zero_grad()
     out, mine = net(tokens, labels=tokens, use_cache=False), ours(tokens, labels=tokens)
     out.loss.backward(), mine.loss.backward()
-    gradients = {name: tensor.grad for name, tensor in saved_tensors(net).items()}
+    gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
     parameters, worst = dict(ours.named_parameters()), 0.0
     for pair in family.pairs(ours.config, parameters):
         form = pair.layouts[-1]
         parts = form.split([parameters[name].grad for name in pair.ours])
         for name, part in zip(form.names(), parts, strict=True):
-            worst = max(worst, relative_error(part, gradients[name]))
+            worst = max(worst, relative_error(part, gradients.pop(name)))
+    assert not gradients, gradients.keys()
     return {"loss": relative_error(mine.loss, out.loss), "gradients": worst}
 
 
@@ -123,4 +125,4 @@ def case(family: str, index: int) -> dict[str, Any]:
     """All of one configuration: `ours` and `theirs`, each against transformers' full forward."""
     net = theirs(family, index)
     ours = zoo.from_hf(net)
-    return {"theirs": errors(net, net), "ours": errors(net, ours) | training(net, ours)}
+    return {"theirs": errors(net, net), "ours": errors(net, ours) | training(net, ours.double())}

@@ -31,7 +31,7 @@ def theirs(family: str, index: int, dtype: torch.dtype = torch.float32) -> PreTr
     return random_model(transformers.AutoConfig.for_model(family, **COMMON | CONFIGS[family][index])).to(dtype)
 
 
-def random_model(config: PreTrainedConfig, scale: float = 0.3) -> PreTrainedModel:
+def random_model(config: PreTrainedConfig, scale: float = 0.15) -> PreTrainedModel:
     """A model of transformers, every weight perturbed so that no two of them could be confused."""
     net = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     in_torch(sys.modules[type(net).__module__])

@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import zoo
+from tests.models.families.measure import training
 from tests.models.families.parity import CASES, CONFIGS, close, ids, theirs
 from zoo.models.families import FAMILIES, FamilyError
 
@@ -55,18 +56,10 @@ def test_the_same_greedy_continuation_with_and_without_cache(family, index):
 @pytest.mark.parametrize(("family", "index"), CASES)
 def test_the_same_loss_and_gradients(family, index):
     net = theirs(family, index)
-    ours, tokens = zoo.from_hf(net), ids(net)
-    out, mine = net(tokens, labels=tokens, use_cache=False), ours(tokens, labels=tokens)
-    assert close(mine.loss, out.loss)
-    out.loss.backward(), mine.loss.backward()
-    gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
-    parameters = dict(ours.named_parameters())
-    for pair in FAMILIES[family].pairs(ours.config, parameters):
-        form = pair.layouts[-1]
-        parts = form.split([parameters[name].grad for name in pair.ours])
-        for name, gradient in zip(form.names(), parts, strict=True):
-            assert close(gradient, gradients.pop(name), 1e-4), name
-    assert not gradients
+    ours, exact = training(net, zoo.from_hf(net)), training(net, zoo.from_hf(net).double())
+    assert ours["loss"] <= 1e-5
+    # In float64 only transformers' own rounding is left.
+    assert exact["gradients"] <= 1e-4 and ours["gradients"] <= 3e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

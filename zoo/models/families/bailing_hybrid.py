@@ -13,6 +13,7 @@ from zoo.models.families import parts
 from zoo.models.families.base import Family, Fields, Form, Names
 from zoo.models.families.deepseek_v3 import MLA, MLA_NAMES
 from zoo.models.families.olmo_hybrid import conv
+from zoo.pattern import spell
 
 MIXERS = {"linear_attention": "kda", "full_attention": "mla"}
 KINDS = {kind: name for name, kind in MIXERS.items()}
@@ -42,7 +43,7 @@ def read(fields: Fields) -> dict[str, Any]:
     layers = zip(fields("layer_types"), fields("mlp_layer_types"), strict=True)
     names = [MIXERS[mixer] + FFNS[ffn] for mixer, ffn in layers]
     blocks = {m + f: {"mixer": mixers[m], "ffn": ffns[f]} for m in mixers for f in ffns if m + f in names}
-    return {"norm": {"eps": fields("rms_norm_eps")}, "blocks": blocks, "pattern": parts.pattern(names)}
+    return {"norm": {"eps": fields("rms_norm_eps")}, "blocks": blocks, "pattern": spell(names)}
 
 
 def write(model: ZooConfig) -> dict[str, Any]:
