@@ -164,6 +164,8 @@ def test_shortest_period(names: str, period: int) -> None:
         ("abab", "(a b)*2"),
         ("aabaab", "(a*2 b)*2"),
         ("aabaa", "a*2 b a*2"),
+        ("abababa", "a b a b a b a"),
+        ("aabb", "a*2 b*2"),
     ],
 )
 def test_spell(names: str, pattern: str) -> None:

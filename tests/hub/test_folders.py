@@ -42,12 +42,21 @@ def test_in_and_out_again(family, index, dtype, tmp_path):
     convert(tmp_path / "ours", tmp_path / "back", "native", family=family, shard_bytes=30_000)
     before, after = weights(tmp_path / "theirs"), weights(tmp_path / "back")
     assert set(after) == set(before)
+    if family == "olmo_hybrid":  # transformers cuts it into equal parts, whatever the sizes (cases/olmo_hybrid.yaml)
+        before, after = _joined(before), _joined(after)
     for name, tensor in after.items():
         assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
     again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto", output_loading_info=True)
     assert type(again) is type(net) and not any(report.values())
     for name, tensor in net.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def _joined(tensors):
+    """With the convolutions of q, k and v of each layer as one tensor."""
+    layers = {name.partition("q_conv1d")[0] for name in tensors if "q_conv1d" in name}
+    rest = {name: tensor for name, tensor in tensors.items() if "_conv1d." not in name}
+    return rest | {layer: torch.cat([tensors[f"{layer}{part}_conv1d.weight"] for part in "qkv"]) for layer in layers}
 
 
 def test_shards(tmp_path):

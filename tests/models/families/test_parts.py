@@ -2,10 +2,7 @@
 
 import math
 
-import pytest
-
 from zoo.models.families import parts
-from zoo.pattern import parse
 
 
 def test_a_factor_comes_back_as_it_was_written():
@@ -23,21 +20,3 @@ def test_a_factor_of_many_digits_has_the_same_function():
     for i in range(1, 2000):
         scale = math.sqrt(i) * root
         assert parts.solve(lambda x: x * root, scale, scale / root) * root == scale
-
-
-@pytest.mark.parametrize(
-    ("names", "text"),
-    [
-        ("a", "a"),
-        ("aaaa", "a*4"),
-        ("ab", "a b"),
-        ("abab", "(a b)*2"),
-        ("aaabaaabaaab", "(a*3 b)*3"),
-        ("aabaab", "(a*2 b)*2"),
-        ("aaba", "a*2 b a"),
-        ("abababa", "a b a b a b a"),
-        ("aabb", "a*2 b*2"),
-    ],
-)
-def test_patterns_are_short_and_mean_the_same(names, text):
-    assert parts.pattern(list(names)) == text and parse(text) == list(names)
