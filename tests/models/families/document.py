@@ -27,14 +27,24 @@ BOUNDS = {"full": 1e-5, "padded": 1e-5, "cached": 1e-5, "chunked": 1e-5, "loss":
 MEMORY = 14 * 2**30  # of both models' weights, float32
 WRONG = 1e-3  # from here on it is no rounding
 
-# Run as it stands, its output is part of the document.
+# Run as it stands, its output is part of the document; formatted as ruff formats that.
 REPRODUCTION = """\
 import torch, transformers
 
 torch.manual_seed(0)
 config = transformers.JambaConfig(
-    vocab_size=43, hidden_size=32, intermediate_size=20, num_hidden_layers=2, num_experts=1, num_attention_heads=4,
-    num_key_value_heads=1, attn_layer_period=8, attn_layer_offset=4, mamba_proj_bias=True, mamba_dt_rank=2)
+    vocab_size=43,
+    hidden_size=32,
+    intermediate_size=20,
+    num_hidden_layers=2,
+    num_experts=1,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    attn_layer_period=8,
+    attn_layer_offset=4,
+    mamba_proj_bias=True,
+    mamba_dt_rank=2,
+)
 model = transformers.JambaForCausalLM(config).eval()
 for parameter in model.parameters():
     parameter.data += 0.1 * torch.randn_like(parameter)
