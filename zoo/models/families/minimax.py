@@ -74,6 +74,7 @@ def notes(config: PreTrainedConfig) -> tuple[str, ...]:
     if config.num_attention_heads & (config.num_attention_heads - 1):
         given.append("decays follow transformers' formula, which for this number of heads is not that of the released "
                      "code: --override blocks.lightning.mixer.slopes=alibi")  # fmt: skip
+    given.append("states are float32 while decoding; transformers keeps them in the model's dtype")
     return tuple(given)
 
 
