@@ -162,3 +162,25 @@ def test_mistakes_are_named():
         module, x = mla(**SIZES), random_input(1, 4, HIDDEN)
         context = SequenceContext.of(x, cu_seqlens=torch.tensor([0, 1, 4], dtype=torch.int32))
         module(x, context, module.new_state(1, x.device, x.dtype))
+
+
+def test_an_adapter_around_the_expansion_counts_in_decoding_too():
+    """As LoRA wraps it: the base weight alone would be another model."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.weight, self.low = base, base.weight, torch.nn.Linear(9, base.out_features, bias=False)
+
+        def forward(self, x):
+            return self.base(x) + self.low(x)
+
+    mixer = perturb(build_part(model_config(hidden_size=HIDDEN, mixer={"kind": "mla", "num_heads": 3, **SIZES})))
+    mixer.kv_b_proj = Adapted(mixer.kv_b_proj)
+    x = random_input(2, LENGTH, HIDDEN)
+    state = mixer.new_state(2, x.device, x.dtype)
+    pieces, seen = [], torch.zeros(2, dtype=torch.long)
+    for piece in x.split([7, *[1] * (LENGTH - 7)], 1):
+        pieces.append(mixer(piece, SequenceContext.of(piece, seen=seen), state))
+        seen = seen + piece.shape[1]
+    assert_close(torch.cat(pieces, 1), run_mixer(mixer)(x))

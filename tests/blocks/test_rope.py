@@ -165,6 +165,18 @@ def test_reset_parameters_fills_a_meta_module():
             "long_factor: must have 8 numbers, half of rotary_dim; got 7",
         ),
         (TYPES["llama3"] | {"type": "llama3", "beta_fast": 1.0}, "beta_fast: does not belong"),
+        (TYPES["yarn"] | {"type": "yarn", "beta_fast": 1.0, "beta_slow": 32.0}, "beta_fast: must be above beta_slow"),
+        (TYPES["yarn"] | {"type": "yarn", "mscale": 1.0}, "mscale: does nothing without mscale_all_dim"),
+        (
+            {
+                "type": "longrope",
+                "factor": 2.0,
+                "original_max_position_embeddings": 1,
+                "short_factor": [1.0] * 8,
+                "long_factor": [1.0] * 8,
+            },
+            "original_max_position_embeddings: must be at least 2",
+        ),
     ],
 )
 def test_mistakes_are_named(fields, message):

@@ -75,6 +75,13 @@ def test_torch_equals_reference(decay, length):
 
 
 @pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("length", [2, 8, 64, 128])
+def test_one_head_in_whole_chunks(decay, length):
+    """Where laying out in chunks copies nothing, nothing may be written into the input."""
+    assert_torch_equals_reference(make_inputs(1, length, 1, 1, 6, 10, decay), SINGLE, DOUBLE)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
 def test_long_enough_for_several_blocks_of_states(decay):
     """2,500 tokens are 40 chunks, worked on 16 at a time: the states chain across blocks."""
     inputs = make_inputs(1, 2500, 1, 2, 4, 4, decay, weakest=-12.0, strongest=-6.0)

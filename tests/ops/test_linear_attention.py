@@ -72,6 +72,15 @@ def test_torch_equals_reference(decay, length):
 
 
 @pytest.mark.parametrize("decay", ["head", "token"])
+@pytest.mark.parametrize("length", [2, 8, 64, 128])
+def test_one_head_in_whole_chunks(decay, length):
+    """Where laying out in chunks copies nothing, nothing may be written into the input."""
+    inputs = make_inputs(1, length, 1, 1, 6, 10, decay)
+    assert_torch_equals_reference(inputs, torch.float32, 2e-6)
+    assert_torch_equals_reference(inputs, torch.float64, 1e-13)
+
+
+@pytest.mark.parametrize("decay", ["head", "token"])
 def test_long_enough_for_several_blocks_of_states(decay):
     """2,500 tokens are 40 chunks: the states chain across two blocks of 32."""
     inputs = make_inputs(1, 2500, 1, 2, 4, 4, decay, weakest=-12.0, strongest=-6.0)

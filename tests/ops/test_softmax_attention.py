@@ -304,3 +304,11 @@ def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
     arguments = dict(zip("qkv", make(2, 10, 10), strict=True)) | change
     with pytest.raises(ValueError, match=message):
         softmax_attention(**arguments)
+
+
+def test_compiled_for_any_length():
+    """The second length makes dynamo treat it as unknown."""
+    compiled = torch.compile(softmax_attention, fullgraph=True, backend="eager")
+    for length in (40, 41, 7):
+        q, k, v = (torch.randn(2, length, heads, 8) for heads in (4, 2, 2))
+        assert relative_error(compiled(q, k, v), softmax_attention(q, k, v)) < 1e-6

@@ -27,7 +27,7 @@ from zoo import ops
 from zoo.blocks.attention import visible_pairs
 from zoo.blocks.base import Mixer, MixerConfig
 from zoo.blocks.context import SequenceContext
-from zoo.blocks.linear import in_projection, out_projection
+from zoo.blocks.linear import Linear, in_projection, out_projection
 from zoo.blocks.norm import Norm, NormConfig
 from zoo.blocks.rope import RopeConfig, RotaryEmbedding
 from zoo.blocks.state import KeyValueState, State
@@ -117,7 +117,9 @@ class MLA(Mixer):
             past = state["keys"].shape[1]
             memory, _, key_mask = state.append(memory, memory[..., :0], key_mask)
             memory = memory.to(q.dtype)  # under autocast the state has the dtype of the weights
-        attend = self._absorbed if past and self._is_shorter_absorbed(x.shape[1]) else self._expanded
+        # An adapter around kv_b_proj is in what it computes, not in its weight.
+        shorter = past and type(self.kv_b_proj) is Linear and self._is_shorter_absorbed(x.shape[1])
+        attend = self._absorbed if shorter else self._expanded
         out = attend(q_nope, q_rope, memory, context.cu_seqlens, key_mask)
         if self.gate_proj is not None:
             out = out * self.gate_proj(x).sigmoid()[..., None]

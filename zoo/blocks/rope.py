@@ -80,6 +80,12 @@ class RopeConfig:
                 raise FieldError(name, f"does not belong to rope type {self.type}; remove it or change the type")
         if self.low_freq_factor and self.high_freq_factor and self.low_freq_factor >= self.high_freq_factor:
             raise FieldError("low_freq_factor", f"must be below high_freq_factor ({self.high_freq_factor})")
+        if self.beta_fast and self.beta_slow and self.beta_fast <= self.beta_slow:
+            raise FieldError("beta_fast", f"must be above beta_slow ({self.beta_slow}), got {self.beta_fast}")
+        if self.mscale is not None and self.mscale_all_dim is None:
+            raise FieldError("mscale", "does nothing without mscale_all_dim; give both or neither")
+        if self.type == "longrope" and self.original_max_position_embeddings == 1:
+            raise FieldError("original_max_position_embeddings", "must be at least 2, got 1")
         for name in ("short_factor", "long_factor"):
             factors = getattr(self, name)
             if factors is not None and len(factors) != rotary_dim // 2:

@@ -41,7 +41,7 @@ class HeadDecays:
             self.sums = slope * torch.minimum(self.steps, self.tokens[:, None])[:, None]
             self.constant = (slope[..., None] * self.distance).exp2().tril().to(dtype)[None]
         else:
-            self.sums = layout.spread(log_decay[..., None])[..., 0].double().mul_(LOG2_E).cumsum(-1)
+            self.sums = layout.spread(log_decay[..., None])[..., 0].double().mul(LOG2_E).cumsum(-1)
         total = self.sums[..., -1:]
         self.whole = total.exp2().to(log_decay.dtype)[..., None]
         self.into = self.sums.exp2().to(dtype)[..., None]

@@ -63,7 +63,7 @@ def softmax_attention(
             k.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=None if key_mask is None else (key_mask & key_mask[:, -1:])[:, None, None],
-            is_causal=causal and length > 1,
+            is_causal=False if length == 1 else causal,  # `and` would make a symbol of it under torch.compile
             scale=scale,
             enable_gqa=q.shape[2] != k.shape[2],
         )
