@@ -37,7 +37,7 @@ def released(net, folder, **changes):
     }
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
             "num_key_value_heads", "num_local_experts", "num_experts_per_tok", "rms_norm_eps", "tie_word_embeddings",
-            "bos_token_id", "eos_token_id", "pad_token_id", "hidden_act", "dtype")  # fmt: skip
+            "sliding_window", "bos_token_id", "eos_token_id", "pad_token_id", "hidden_act", "dtype")  # fmt: skip
     fields |= {name: getattr(config, name) for name in same if name != "dtype"} | {"torch_dtype": "float32"} | changes
     (folder / "config.json").write_text(json.dumps(fields))
     return folder

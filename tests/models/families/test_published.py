@@ -12,8 +12,8 @@ from zoo.models.families import FAMILIES
 BY_NAME = {size.name: size for size in SIZES}
 # The issue asks for these, and for "...".
 ASKED = {
-    "minimax-text-01", "jamba-v0.1", "jamba-1.5-large", "mamba2-130m", "mamba2-370m", "mamba2-780m", "mamba2-1.3b",
-    "mamba2-2.7b", "nemotron-h-8b", "falcon-h1-7b", "bamba-9b", "granite-4.0-h-small", "zamba2-7b",
+    "minimax-text-01", "jamba-v0.1", "jamba-1.5-mini", "jamba-1.5-large", "mamba2-130m", "mamba2-370m", "mamba2-780m",
+    "mamba2-1.3b", "mamba2-2.7b", "nemotron-h-8b", "falcon-h1-7b", "bamba-9b", "granite-4.0-h-small", "zamba2-7b",
     "qwen3-next-80b-a3b", "kimi-linear-48b-a3b", "llama-3.1-8b",
 }  # fmt: skip
 

@@ -71,6 +71,8 @@ def write(model: ZooConfig) -> dict[str, Any]:
     if parts.layers_with(model, "attention"):
         fields |= parts.attention_fields(parts.first(model, "attention"))
         fields.pop("sliding_window")
+        if "rope_parameters" in fields:
+            fields["rope_parameters"].setdefault("partial_rotary_factor", 1.0)  # there it is 0.5 by default
     return fields | mamba_fields(model)
 
 

@@ -311,7 +311,12 @@ _IMMATERIAL = {
     "block_size", "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "residual_in_fp32",
     "rescale_prenorm_residual", "time_step_min", "time_step_max", "time_step_floor", "time_step_init_scheme",
     "time_step_scale", "time_step_rank", "auto_map",
+    # Bookkeeping of tools that saved a configuration.
+    "_attn_implementation_autoset", "_flash_attn_2_enabled", "neftune_noise_alpha", "tie_encoder_decoder",
+    "transformers.js_config", "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
+# Parts that a family without such a field never has: switched off, they may be named.
+_SWITCHES = ("attention_bias", "mlp_bias", "rope_interleaved", "use_sliding_window", "_dropout")
 
 
 class Fields:
@@ -352,5 +357,6 @@ class Fields:
     def finish(self) -> None:
         """Raises FamilyError at the first field that nobody read and that is not at its default."""
         for name, value in self.values.items():
-            if name not in self.read | self.immaterial and value != self.defaults.get(name):
+            off = name not in self.defaults and name.endswith(_SWITCHES) and not value
+            if name not in self.read | self.immaterial and value != self.defaults.get(name) and not off:
                 raise FamilyError(f"{self.model_type}: {name} is {shown(value)}, which is not supported")

@@ -12,6 +12,7 @@ from zoo.pattern import spell
 
 
 def read(fields: Fields) -> dict[str, Any]:
+    fields.only("mamba_inner_layernorms", True, None)
     hidden = fields("hidden_size")
     experts = fields("num_experts")
     mixers = {
@@ -59,7 +60,11 @@ def write(model: ZooConfig) -> dict[str, Any]:
         fields |= {f"{name}_layer_{key}": value for key, value in (_every(model, kind) or never).items()}
     if parts.layers_with(model, "attention"):
         attention = parts.first(model, "attention")
-        fields |= {"num_attention_heads": attention.num_heads, "num_key_value_heads": attention.num_kv_heads}
+        fields |= {
+            "num_attention_heads": attention.num_heads,
+            "num_key_value_heads": attention.num_kv_heads,
+            "head_dim": attention.head_dim,
+        }
     if parts.layers_with(model, "moe"):
         fields |= parts.expert_fields(parts.first(model, "moe"), "num_experts")
     return fields
@@ -98,4 +103,5 @@ FAMILY = Family(
             ),
         },
     },
+    immaterial=("calc_logits_for_entire_prompt", "n_ctx", "num_logits_to_keep"),
 )

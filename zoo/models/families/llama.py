@@ -34,4 +34,5 @@ FAMILY = Family(
     outside=parts.OUTSIDE,
     layer=parts.LAYER,
     blocks={"attention": parts.ATTENTION, "mlp": parts.within("mlp", parts.MLP)},
+    immaterial=("is_llama_config", "max_sequence_length"),  # of released configurations alone
 )

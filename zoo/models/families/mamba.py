@@ -83,6 +83,10 @@ def from_mamba_ssm(
 def read(fields: Fields) -> dict[str, Any]:
     fields.only("hidden_act", "silu")
     fields("expand")  # intermediate_size follows from it
+    # What released configurations keep of mamba-ssm's.
+    for name, value in {"d_model": fields("hidden_size"), "d_inner": fields("intermediate_size"),
+                        "n_layer": fields("num_hidden_layers"), "rms_norm": True, "ssm_cfg": {}}.items():  # fmt: skip
+        fields.only(name, value, None)
     mixer = {
         "kind": "mamba",
         "intermediate_size": fields("intermediate_size"),
@@ -122,4 +126,5 @@ FAMILY = Family(
     blocks={"mamba": parts.within("mixer", MIXER)},
     prefix="backbone.layers.{i}.",
     original=original,
+    immaterial=("fused_add_norm", "pad_vocab_size_multiple"),  # vocab_size is padded
 )

@@ -33,9 +33,11 @@ def original(values: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def read(fields: Fields) -> dict[str, Any]:
     fields.only("hidden_act", "silu")
+    fields.only("rms_norm", True, None)
     inner = int(fields("expand") * fields("hidden_size"))
     if inner != fields("num_heads") * fields("head_dim"):
         raise FamilyError(f"mamba2: expand * hidden_size is {inner}; it must be num_heads * head_dim")
+    fields.only("intermediate_size", inner, None)  # released configurations say it twice
     least, most = fields("time_step_limit")
     mixer = {
         "kind": "mamba2",
@@ -82,4 +84,5 @@ FAMILY = Family(
     blocks={"mamba2": parts.within("mixer", MIXER)},
     prefix="backbone.layers.{i}.",
     original=original,
+    immaterial=("norm_before_gate",),  # the gate comes first whatever it says
 )

@@ -1,5 +1,6 @@
-"""MiniMax-Text-01 (MiniMax 2025, arXiv:2501.08313) as transformers has it: every dimension is rotated, and one formula
-gives the decays for any number of heads (`slopes: geometric`)."""
+"""MiniMax-Text-01 (MiniMax 2025, arXiv:2501.08313) as transformers has it: every dimension is rotated (unless
+the configuration has the release's rotary_dim), and one formula gives the decays for any number of heads (`slopes:
+geometric`)."""
 
 from __future__ import annotations
 
@@ -18,7 +19,15 @@ MIXERS = {"linear_attention": "lightning", "full_attention": "softmax"}
 
 
 def read(fields: Fields) -> dict[str, Any]:
+    types = fields("layer_types")
+    # What released configurations keep of those of minimax_text_01.
+    fields.only("attn_type_list", [int(each == "full_attention") for each in types], None)
+    fields.only("postnorm", True, None)
+    fields.only("shared_intermediate_size", 0, None)
     attention = parts.attention(fields)
+    rotary_dim = fields("rotary_dim")
+    if rotary_dim is not None:  # transformers rotates everything whatever this says, the model was not trained so
+        attention["rope"]["rotary_dim"] = rotary_dim
     lightning = {
         "kind": "lightning",
         "num_heads": fields("num_attention_heads"),
@@ -35,7 +44,7 @@ def read(fields: Fields) -> dict[str, Any]:
         "norm": {"eps": fields("rms_norm_eps")},
         "defaults": {"ffn": parts.experts(fields, "num_local_experts", renormalize=True)},
         "blocks": {"lightning": block(lightning, "linear"), "softmax": block(attention, "full")},
-        "pattern": spell([MIXERS[name] for name in fields("layer_types")]),
+        "pattern": spell([MIXERS[name] for name in types]),
     }
 
 
@@ -97,5 +106,6 @@ FAMILY = Family(
     },
     derived=("slope_rate", "query_decay", "key_decay", "diagonal_decay"),
     derive=derive,
+    immaterial=("shared_moe_mode",),  # of experts that there are none of
     notes=notes,
 )

@@ -17,6 +17,8 @@ KINDS = {"mamba2": "linear_attention", "attention": "full_attention", "mlp": "ml
 def read(fields: Fields) -> dict[str, Any]:
     for name in ("attention_bias", "hidden_dropout", "sliding_window"):
         fields.only(name, None, 0)  # False is 0
+    fields.only("tie_word_embeddings", False)  # transformers does not tie them whatever this says
+    fields.only("rms_norm_eps", fields("layer_norm_epsilon"), None)  # released configurations say it twice
     fields.only("attention_head_dim", None, fields("head_dim"))  # its name before
     fields.only("mamba_hidden_act", "silu")
     fields.only("mlp_hidden_act", "relu2")
@@ -132,5 +134,5 @@ FAMILY = Family(
     beside=("mtp.",),
     immaterial=("num_logits_to_keep", "expand", "mamba_proj_bias", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap",
                 "num_nextn_predict_layers", "mtp_layers_block_type", "keep_mtp_spec_in_bf16", "rope_parameters",
-                "rope_theta", "partial_rotary_factor", "norm_eps"),
+                "rope_theta", "partial_rotary_factor", "norm_eps", "num_query_groups"),
 )  # fmt: skip

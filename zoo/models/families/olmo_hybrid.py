@@ -65,8 +65,7 @@ def read(fields: Fields) -> dict[str, Any]:
 def write(model: ZooConfig) -> dict[str, Any]:
     mixer = parts.first(model, "gated_delta")
     attention = parts.attention_fields(parts.first(model, "attention"))
-    for name in ("head_dim", "sliding_window"):
-        attention.pop(name)
+    attention.pop("sliding_window")
     attention.setdefault("rope_parameters", {"rope_type": "default", "rope_theta": None})
     return (
         delta_fields(mixer)

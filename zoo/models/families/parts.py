@@ -135,7 +135,7 @@ def sigmoid_router(fields: Fields) -> dict[str, Any]:
 def mlp(fields: Fields) -> dict[str, Any]:
     """`ffn:` of Llama."""
     fields.only("hidden_act", "silu")
-    return {"kind": "mlp", "intermediate_size": fields("intermediate_size"), "bias": fields("mlp_bias", False)}
+    return {"kind": "mlp", "intermediate_size": fields("intermediate_size"), "bias": fields.own("mlp_bias", False)}
 
 
 def first(model: ZooConfig, kind: str) -> Any:

@@ -26,6 +26,8 @@ def read(fields: Fields) -> dict[str, Any]:
         "interpolate_factor": 1,
     }.items():
         fields.only(name, value, None)
+    turning = fields("rope_parameters").get("partial_rotary_factor", 1.0)
+    fields.only("partial_rotary_factor", turning, None)  # its place before
     fields("original_max_position_embeddings")  # rope_parameters has it where it counts
     return {
         "norm": {"eps": fields("rms_norm_eps")},

@@ -17,6 +17,8 @@ KINDS = {"rglru": "recurrent", "attention": "attention"}
 def read(fields: Fields) -> dict[str, Any]:
     fields.only("hidden_activation", "gelu_pytorch_tanh")
     hidden, kinds, layers = fields("hidden_size"), fields("block_types"), fields("num_hidden_layers")
+    fields.only("_block_types", kinds, None)  # released configurations say it twice
+    fields.only("embeddings_scale_by_sqrt_dim", True, None)
     names = [kinds[i % len(kinds)] for i in range(layers)]
     mixers = {
         "recurrent": {

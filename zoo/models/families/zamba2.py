@@ -41,6 +41,9 @@ def read(fields: Fields) -> dict[str, Any]:
     fields.only("attention_dropout", 0)
     fields.only("rms_norm_eps", NORM_EPS)
     fields.only("use_long_context", False)
+    fields.only("use_shared_mlp_adapter", True, None)
+    if fields("layers_block_type").count("hybrid") > fields("num_mem_blocks"):
+        fields.only("tie_word_embeddings", True)  # else transformers does not share the blocks either
     hidden, heads = fields("hidden_size"), fields("num_attention_heads")
     bias = fields("add_bias_linear")
     inner = int(fields("mamba_expand") * hidden)
