@@ -123,6 +123,17 @@ def test_the_architecture_travels_in_the_checkpoint_and_is_compared(tmp_path):
         trainer_for(tmp_path, max_steps=3).fit(ZooModule(other), Text(), ckpt_path=path)
 
 
+def test_a_checkpoint_from_before_a_field_had_its_default():
+    mapping = zoo.load_config(MODEL).to_mapping()
+    older = {name: value for name, value in mapping.items() if name not in ("embedding_scale", "logit_scale")}
+    assert set(older) < set(mapping)
+    check_architecture(mapping, {"zoo_config": older}, "x.ckpt")
+    with pytest.raises(UserError, match=r"embedding_scale is 1.0 in the checkpoint and 2.0 in"):
+        check_architecture(mapping | {"embedding_scale": 2.0}, {"zoo_config": older}, "x.ckpt")
+    with pytest.raises(UserError, match=r"gone is 3 in the checkpoint and \(absent\) in"):  # one that is no more
+        check_architecture(mapping, {"zoo_config": older | {"embedding_scale": 1.0, "logit_scale": 1.0, "gone": 3}}, "")
+
+
 def test_first_difference():
     assert first_difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 2}}) is None
     assert first_difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ("a.c", 2, 3)

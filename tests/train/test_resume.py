@@ -1,5 +1,6 @@
 """kill -9 in the middle, then --ckpt_path last: as if nothing had happened, bit for bit. Real processes."""
 
+import copy
 import json
 import os
 import signal
@@ -7,7 +8,8 @@ import time
 
 import torch
 
-from tests.train.helpers import column, run, start, write_run
+from tests.train import helpers
+from tests.train.helpers import MODEL, column, run, start, write_run
 
 EXACT = ("train/loss", "train/grad_norm", "train/learning_rate", "val/loss", "val/bpb")
 
@@ -15,7 +17,13 @@ EXACT = ("train/loss", "train/grad_norm", "train/learning_rate", "val/loss", "va
 OPTIONS = ["--model.optimizer=muon", "--model.schedule=wsd", "--trainer.accumulate_grad_batches=2"]
 
 
-def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+ROUTER = {"kind": "sigmoid", "correction_bias": True, "correction_rate": 0.05}
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
+    model = copy.deepcopy(MODEL)
+    model["blocks"]["lightning"]["ffn"]["router"] = ROUTER  # its correction bias moves outside the optimiser
+    monkeypatch.setattr(helpers, "MODEL", model)
     arguments = [
         "fit",
         "--config",
@@ -54,3 +62,4 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
         torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "killed")
     ]
     assert all(torch.equal(tensor, ends[1]["state_dict"][name]) for name, tensor in ends[0]["state_dict"].items())
+    assert ends[0]["state_dict"]["model.model.layers.0.ffn.router.correction_bias"].any()

@@ -10,6 +10,7 @@ Three choices that Lightning leaves open:
   a resumed run draws what the uninterrupted run drew, whatever validation and samples drew in between.
 """
 
+import contextlib
 import math
 import os
 import time
@@ -46,7 +47,10 @@ def check_architecture(ours: dict[str, Any], checkpoint: dict[str, Any], source:
         raise UserError(
             f"{source}: not a checkpoint of train.py (it holds no zoo_config); give a last.ckpt of a run folder"
         )
-    found = first_difference(ours, checkpoint["zoo_config"])
+    theirs = checkpoint["zoo_config"]
+    with contextlib.suppress(zoo.ConfigError):  # one that we cannot read differs somewhere, and is compared as it is
+        theirs = zoo.load_config(theirs).to_mapping()  # with the defaults of fields that are newer than it
+    found = first_difference(ours, theirs)
     if found:
         field, here, there = found
         raise UserError(
@@ -126,7 +130,6 @@ class ZooModule(LightningModule):
         self.batch_requested_at = 0.0  # for callbacks/throughput.py: this hook runs after those of all callbacks
         self._validation_sums = torch.zeros(3, dtype=torch.float64)
         self._expert_loads: list[Tensor | None] = []  # since the optimiser's last step
-        self._loads_of_step = 0
 
     def setup(self, stage: str) -> None:
         """Refuses a vocabulary that cannot hold the tokenizer's ids."""
@@ -156,12 +159,16 @@ class ZooModule(LightningModule):
         position = (int(os.environ.get("PL_GLOBAL_SEED", 0)), self.global_rank, self.trainer.fit_loop.total_batch_idx)
         torch.manual_seed(hash(position) % 2**63)
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        if self._expert_loads and self.trainer.global_step > self._loads_of_step:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        # Not in on_train_batch_end: a callback's runs before the module's, and SaveLast saves there.
+        super().optimizer_step(*args, **kwargs)
+        if self._expert_loads:
             reduce = self.trainer.strategy.reduce
             loads = [load if load is None else reduce(load, reduce_op="sum") for load in self._expert_loads]
             self.model.correct_routers(loads)
             self._expert_loads = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
         if self.trainer.global_step >= self.trainer.max_steps:
             # Makes Lightning validate after the last step, wherever the interval stands.
             self.trainer.should_stop = True
@@ -181,7 +188,6 @@ class ZooModule(LightningModule):
             before = self._expert_loads or [0] * len(output.expert_loads)
             pairs = zip(before, output.expert_loads, strict=True)
             self._expert_loads = [now if now is None else total + now.detach() for total, now in pairs]
-            self._loads_of_step = self.trainer.global_step
         if output.aux_loss is not None:
             self.log("train/aux_loss", output.aux_loss.detach().float(), sync_dist=True)
         self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])
