@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import zoo
+from tests.conformance.subjects import SUBJECTS
+from zoo.train import optimizers
 from zoo.train.optimizers import MuonWithAdamW, hidden_matrices, make_optimizer
 
 OPTIONS = {"learning_rate": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95), "momentum": 0.95}
@@ -80,6 +82,17 @@ def test_rates_of_a_built_model_are_spared():
         f"model.layers.{layer}.mixer.{weight}.weight"
         for layer, weight in [(0, "in_proj"), (0, "x_proj"), (0, "out_proj"), (1, "in_proj"), (1, "out_proj")]
     }
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_no_bias_is_decayed_or_a_hidden_matrix(subject, monkeypatch):
+    """Those of experts and of the RG-LRU's gates are matrices."""
+    monkeypatch.setattr(optimizers, "MUON_MIN_SIDE", 1)
+    model = zoo.build(SUBJECTS[subject], device="meta")
+    groups = make_optimizer("adamw", model, **OPTIONS).param_groups
+    decayed = names_of(model, [p for group in groups if group["weight_decay"] for p in group["params"]])
+    taken = decayed | names_of(model, hidden_matrices(model))
+    assert taken and not [name for name in taken if name.split(".")[-1].endswith("bias")]
 
 
 def test_a_tied_embedding_is_not_decayed_and_listed_once():

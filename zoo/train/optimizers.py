@@ -1,14 +1,15 @@
 """Which parameter gets which optimiser, and which is decayed.
 
-Weight decay applies to matrices only. Left out are: vectors and scalars (norms, biases, D, dt_bias, decays, gates);
-what a module lists in its class attribute `float32` (rates and decays: A_log of Mamba-1 is a matrix); and embeddings
-(their rows see a gradient only when their token occurs, so decay would erase rare tokens; OLMo 2, arXiv:2501.00656,
-section 3, reports that decaying them makes training less stable).
+Weight decay applies to matrices only. Left out are: vectors and scalars (norms, D, decays, gates); biases, also where
+each expert or head has its own and they are a matrix together; what a module lists in its class attribute `float32`
+(rates and decays: A_log of Mamba-1 is a matrix); and embeddings (their rows see a gradient only when their token
+occurs, so decay would erase rare tokens; OLMo 2, arXiv:2501.00656, section 3, reports that decaying them makes training
+less stable).
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; at scale Liu et al. 2025, arXiv:2502.16982)
 replaces the momentum of a hidden matrix by its nearest semi-orthogonal matrix. Expert weights [num_experts, out, in]
 hold most of a mixture's parameters and are num_experts separate matrices, so each is orthogonalised alone, through a
-view. AdamW keeps embeddings, the output head, vectors, rates, and matrices thinner than `MUON_MIN_SIDE`
+view. AdamW keeps embeddings, the output head, vectors, biases, rates, and matrices thinner than `MUON_MIN_SIDE`
 (depthwise convolutions, small routers, per-head gates), where orthogonalising says nothing. The update is scaled to
 AdamW's usual root mean square (`match_rms_adamw`), so one learning rate and one weight decay serve both.
 """
@@ -37,9 +38,14 @@ def _rate_ids(model: nn.Module) -> set[int]:
     return {id(getattr(module, name)) for module in model.modules() for name in getattr(module, "float32", ())}
 
 
+def _bias_ids(model: nn.Module) -> set[int]:
+    """Biases, by name: those of experts and of block-diagonal gates have two dimensions."""
+    return {id(p) for name, p in model.named_parameters() if f"_{name.rpartition('.')[2]}".endswith("_bias")}
+
+
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
     """The parameters that Muon takes: [out, in] or [num_experts, out, in] weights between embedding and head."""
-    excluded = _outer_ids(model) | _rate_ids(model)
+    excluded = _outer_ids(model) | _rate_ids(model) | _bias_ids(model)
     return [
         p
         for p in model.parameters()
@@ -49,7 +55,7 @@ def hidden_matrices(model: nn.Module) -> list[Tensor]:
 
 def decay_groups(model: nn.Module, parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """`parameters` split into a group with `weight_decay` and a group without; empty groups are left out."""
-    spared = _embedding_ids(model) | _rate_ids(model)
+    spared = _embedding_ids(model) | _rate_ids(model) | _bias_ids(model)
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for parameter in parameters:
         groups[parameter.ndim >= 2 and id(parameter) not in spared].append(parameter)
