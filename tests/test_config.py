@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from zoo import yaml
 from zoo.blocks import MixerConfig, kinds, register
+from zoo.blocks.mamba import Mamba
+from zoo.blocks.mamba2 import Mamba2
 from zoo.config import FIELDS, ConfigError, ZooConfig, load_config
 
 GOOD = """
@@ -624,11 +625,11 @@ def test_a_kind_whose_fields_cannot_be_checked_is_refused() -> None:
         sizes: tuple[int, int] = (1, 2)
 
     with pytest.raises(TypeError, match=r"^tuple\[int, int\] cannot be checked; use int"):
-        register("sizes", Config, torch.nn.Identity)
+        register("sizes", Config, Mamba)
     with pytest.raises(TypeError, match=r"^str must be a dataclass derived from MixerConfig or FeedForwardConfig$"):
-        register("sizes", str, torch.nn.Identity)
+        register("sizes", str, Mamba)
     with pytest.raises(ValueError, match=r"^mixer kind 'mamba' is taken by Mamba$"):
-        register("mamba", MixerConfig, torch.nn.Identity)
+        register("mamba", MixerConfig, Mamba2)
     assert "sizes" not in [kind.name for kind in kinds()]
 
 
@@ -643,3 +644,8 @@ def test_structure_cannot_change_behind_the_layers(good: Path, tmp_path: Path) -
         AutoConfig.from_pretrained(tmp_path, hidden_size=24)
     config.vocab_size = 999  # resize_token_embeddings does this
     assert config.to_mapping()["vocab_size"] == 999
+    with pytest.raises(ConfigError, match=r"^logit_softcap: must be a number > 0, got -1$"):
+        AutoConfig.from_pretrained(tmp_path, logit_softcap=-1)
+    with pytest.raises(ConfigError, match=r"^embedding_scale: must be a number, got 'abc'$"):
+        config.embedding_scale = "abc"
+    assert config.embedding_scale == 1.0

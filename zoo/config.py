@@ -144,8 +144,13 @@ class ZooConfig(PreTrainedConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # from_pretrained(folder, pattern=...) sets fields after the check; `layers` would then say something else.
-        if name in _STRUCTURE and "_layers" in self.__dict__ and value != getattr(self, name):
-            raise ConfigError(f"{name}: cannot be changed in a built configuration; override it in load_config")
+        if name in FIELDS and "_layers" in self.__dict__ and value != getattr(self, name):
+            if name in _STRUCTURE:
+                raise ConfigError(f"{name}: cannot be changed in a built configuration; override it in load_config")
+            try:
+                check(get_hints(_ModelFile)[name], value, name)
+            except FieldError as error:
+                raise ConfigError(str(error)) from None
         super().__setattr__(name, value)
 
     @property
@@ -252,12 +257,17 @@ def _override(mapping: dict[str, Any], override: str) -> None:
             inner[key] = {}
         inner = inner[key]
         if not isinstance(inner, dict | list):
-            raise FieldError(".".join(keys[: depth + 1]), f"has no fields to override, it is {shown(inner)}")
+            raise FieldError(_spelled(keys[: depth + 1]), f"has no fields to override, it is {shown(inner)}")
     try:
         value = yaml.load_text(text)
     except yaml.YamlError:
         value = text  # a pattern such as `*2` is no YAML; the schema will say what is wrong with it
     inner[_key(inner, keys, len(keys) - 1)] = value
+
+
+def _spelled(keys: list[str]) -> str:
+    """The path of an override, as other messages spell it."""
+    return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(keys))
 
 
 def _key(inner: dict | list, keys: list[str], depth: int) -> Any:
@@ -266,7 +276,7 @@ def _key(inner: dict | list, keys: list[str], depth: int) -> Any:
     if isinstance(inner, dict):
         return key
     if not key.isdecimal() or len(key) > 9 or int(key) >= len(inner):
-        raise FieldError(".".join(keys[: depth + 1]), f"must be an index below {len(inner)}, got {shown(key)}")
+        raise FieldError(_spelled(keys[: depth + 1]), f"must be an index below {len(inner)}, got {shown(key)}")
     return int(key)
 
 

@@ -112,7 +112,7 @@ def test_overrides_reach_a_branch():
     assert (first.kind, second.config.num_heads, second.config.rope.theta) == ("mamba", 4, 7.5)
     assert mixer["branches"][1]["num_heads"] == 2
     for override, message in (
-        (f"{path}[2].num_heads=4", rf"^{path}\.2: must be an index below 2, got '2'"),
+        (f"{path}[2].num_heads=4", rf"^{path}\[2\]: must be an index below 2, got '2'"),
         (f"{path}.x=4", rf"^{path}\.x: must be an index below 2, got 'x'"),
         (f"{path}[1].num_head=4", r"^blocks\.b\.mixer\.branches\[1\]\.num_head: unknown key"),
     ):
