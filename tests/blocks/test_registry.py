@@ -5,11 +5,22 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import zoo
 from zoo import ConfigError, load_config
-from zoo.blocks import FeedForwardConfig, MixerConfig, kind_of, kinds, register
+from zoo.blocks import (
+    FeedForward,
+    FeedForwardConfig,
+    Mixer,
+    MixerConfig,
+    RouterStatistics,
+    State,
+    kind_of,
+    kinds,
+    register,
+)
 from zoo.blocks.attention import Attention, AttentionConfig
 from zoo.schema import FieldError
 
@@ -21,8 +32,47 @@ class MeanConfig(MixerConfig):
     span: int = 2
 
 
-class Mean(nn.Module):
-    pass
+class Mean(Mixer):
+    """A sum over all tokens so far."""
+
+    def __init__(self, config, model, layer_idx):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(model.hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.ones_(self.weight)
+
+    def forward(self, x, context, state=None):
+        y = x.cumsum(1) if state is None else x.cumsum(1) + state["sum"][:, None]
+        if state is not None:
+            state.update(sum=y[:, -1])
+        return self.weight * y
+
+    def new_state(self, batch_size, device, dtype):
+        return State(sum=torch.zeros(batch_size, len(self.weight), device=device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedConfig(FeedForwardConfig):
+    """A feed-forward for these tests, with a router that its config says nothing of."""
+
+
+class Routed(FeedForward):
+    def __init__(self, config, model, layer_idx):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(model.hidden_size, 2))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight)
+
+    def forward(self, x: Tensor, context):
+        logits = x @ self.weight
+        p = logits.softmax(-1)
+        chosen = F.one_hot(p.argmax(-1), 2).float().sum((0, 1))
+        tokens, z = torch.tensor(float(x[..., 0].numel())), logits.logsumexp(-1).square().sum()
+        return x * p[..., :1], RouterStatistics(tokens, chosen, p.sum((0, 1)), z)
 
 
 @pytest.fixture
@@ -87,7 +137,7 @@ def test_the_role_is_that_of_the_config(clean):
     class Feed(FeedForwardConfig):
         pass
 
-    register("attention", Feed, Mean)  # an ffn called attention disturbs no mixer
+    register("attention", Feed, Routed)  # an ffn called attention disturbs no mixer
     assert kind_of("ffn", "attention").config_class is Feed
     assert kind_of("mixer", "attention").config_class is AttentionConfig
 
@@ -99,6 +149,29 @@ def test_the_role_is_that_of_the_config(clean):
 
     with pytest.raises(TypeError, match="Stranger must be a dataclass derived from"):
         register("x", Stranger, Mean)
+    for module_class in (nn.Identity, Routed):
+        with pytest.raises(TypeError, match=rf"{module_class.__name__} must be derived from Mixer, as its config says"):
+            register("x", MeanConfig, module_class)
+    with pytest.raises(TypeError, match="Mean must be derived from FeedForward"):
+        register("x", Feed, Mean)
+
+
+def test_registered_kinds_train_and_generate(clean):
+    register("mean", MeanConfig, Mean)
+    register("routed", RoutedConfig, Routed)
+    block = {"mixer": {"kind": "mean"}, "ffn": {"kind": "routed"}}
+    model = zoo.build({"vocab_size": 8, "hidden_size": 8, "blocks": {"b": block}, "pattern": "b*2"})
+    ids = torch.arange(1, 7)[None]
+    output = model.train()(ids, labels=ids)
+    assert output.aux_loss is None and output.expert_loads is None
+    output.loss.backward()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer.step()
+    assert model(ids, labels=ids).loss < output.loss
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    generated = model.eval().generate(ids, **options)
+    assert generated.shape == (1, 11)
+    assert torch.equal(generated, model.generate(ids, use_cache=False, **options))
 
 
 @pytest.mark.parametrize(("role", "name", "hint"), [("mixer", "atention", "attention"), ("ffn", "mlpp", "mlp")])

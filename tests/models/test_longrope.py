@@ -81,6 +81,26 @@ def test_generation_makes_the_cache_anew(beams):
         assert torch.equal(full[-len(row) - 12 :], alone[0])
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_from_embeddings_makes_the_cache_anew(beams):
+    ours, rows = net(), [tokens(1, length, seed=length)[0] for length in (3, 8, SWITCH)]
+    ids, mask = padded(rows)
+    expected = ours.generate(ids, attention_mask=mask, num_beams=beams, **GENERATE)[:, ids.shape[1] :]
+    embeds = ours.get_input_embeddings()(ids)
+    assert torch.equal(ours.generate(inputs_embeds=embeds, attention_mask=mask, num_beams=beams, **GENERATE), expected)
+
+
+def test_a_prompt_beyond_the_switch_comes_in_one_piece():
+    ours, long, short = net(), tokens(1, 20), tokens(1, 8)
+    for size in (7, 13):
+        with pytest.raises(ValueError, match=f"prefill_chunk_size={size} is not available for a prompt of 20 tokens"):
+            ours.generate(long, prefill_chunk_size=size, **GENERATE)
+    for ids, size in ((long, 20), (short, 3)):
+        assert torch.equal(ours.generate(ids, prefill_chunk_size=size, **GENERATE), ours.generate(ids, **GENERATE))
+    (ids, mask) = padded([short[0], tokens(1, 5)[0]])
+    ours.generate(ids, attention_mask=mask, prefill_chunk_size=3, **GENERATE)
+
+
 def test_without_longrope_no_cache_is_outgrown():
     plain = model()
     assert plain.model.switches == []

@@ -112,7 +112,8 @@ class Mixer(Part):
 
 
 class RouterStatistics(NamedTuple):
-    """What a router saw, summed over its real tokens; the model pools it over layers into the auxiliary losses."""
+    """What a router saw, summed over its real tokens. The model pools it over layers into the auxiliary losses that the
+    feed-forward's config asks for: its `router` is a RouterConfig, or there are none."""
 
     tokens: Tensor
     """`[]`, how many tokens were routed."""

@@ -10,16 +10,17 @@ import dataclasses
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from torch import nn
-
-from zoo.blocks.base import FeedForwardConfig, MixerConfig
+from zoo.blocks.base import FeedForward, FeedForwardConfig, Mixer, MixerConfig, Part
 from zoo.schema import FieldError, expected, from_mapping, get_hints, join, nearest, shown
 
 if TYPE_CHECKING:
     from zoo.config import ZooConfig
 
 Role = Literal["mixer", "ffn"]
-_BASES: dict[Role, type] = {"mixer": MixerConfig, "ffn": FeedForwardConfig}
+_BASES: dict[Role, tuple[type, type[Part]]] = {
+    "mixer": (MixerConfig, Mixer),
+    "ffn": (FeedForwardConfig, FeedForward),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,28 +30,30 @@ class Kind:
     name: str
     role: Role
     config_class: type
-    module_class: type[nn.Module]
+    module_class: type[Part]
 
 
 _kinds: dict[tuple[Role, str], Kind] = {}
 _plugins_loaded = False
 
 
-def register(kind: str, config_class: type, module_class: type[nn.Module]) -> None:
+def register(kind: str, config_class: type, module_class: type[Part]) -> None:
     """Make `kind` available in YAML. The role follows from the base class of the config.
 
     Args:
         kind: the name under `kind:`.
         config_class: a dataclass derived from `MixerConfig` or `FeedForwardConfig`.
-        module_class: built as `module_class(config, model_config, layer_idx)`.
+        module_class: likewise from `Mixer` or `FeedForward`; built as `module_class(config, model_config, layer_idx)`.
 
     Raises:
-        TypeError: config_class is not such a dataclass, or a field has a type that the schema cannot check.
+        TypeError: the classes are not such, or a field has a type that the schema cannot check.
         ValueError: the kind is taken by other classes.
     """
-    role: Role | None = next((role for role, base in _BASES.items() if issubclass(config_class, base)), None)
+    role: Role | None = next((role for role, (base, _) in _BASES.items() if issubclass(config_class, base)), None)
     if role is None or not dataclasses.is_dataclass(config_class):
         raise TypeError(f"{config_class.__name__} must be a dataclass derived from MixerConfig or FeedForwardConfig")
+    if not issubclass(module_class, _BASES[role][1]):
+        raise TypeError(f"{module_class.__name__} must be derived from {_BASES[role][1].__name__}, as its config says")
     for hint in get_hints(config_class).values():
         expected(hint)
     entry = Kind(kind, role, config_class, module_class)

@@ -102,5 +102,5 @@ def router_loss(routers: Sequence[tuple[MoEConfig, RouterStatistics]]) -> Tensor
         f = torch.stack([s.assignments for s in pool]).sum(0) / tokens
         P = torch.stack([s.probabilities for s in pool]).sum(0) / tokens
         z = torch.stack([s.squared_log_z for s in pool]).sum() / tokens
-        losses.append(config.router.aux_loss_coef * config.num_experts * (f * P).sum() + config.router.z_loss_coef * z)
+        losses.append(config.router.aux_loss_coef * len(f) * (f * P).sum() + config.router.z_loss_coef * z)
     return torch.stack(losses).sum() if losses else None

@@ -21,9 +21,10 @@ from transformers.utils import ModelOutput
 
 from zoo.blocks import RouterStatistics, SequenceContext
 from zoo.blocks.linear import Embedding, Linear
+from zoo.blocks.moe import RouterConfig
 from zoo.blocks.norm import Norm
 from zoo.blocks.rope import RotaryEmbedding
-from zoo.config import ZooConfig
+from zoo.config import Layer, ZooConfig
 from zoo.models.cache import ZooCache
 from zoo.models.decoder import Block, build_layer
 from zoo.models.loss import IGNORE_INDEX, linear_cross_entropy, router_loss
@@ -58,6 +59,12 @@ class ZooCausalLMOutput(ModelOutput):
     cross_entropy: Tensor | None = None
     aux_loss: Tensor | None = None
     expert_loads: tuple[Tensor | None, ...] | None = None
+
+
+def _router_config(layer: Layer) -> RouterConfig | None:
+    """What the layer's feed-forward says of its router, if it does: a registered kind need not."""
+    router = getattr(layer.ffn.config, "router", None)
+    return router if isinstance(router, RouterConfig) else None
 
 
 class ZooPreTrainedModel(PreTrainedModel):
@@ -127,7 +134,7 @@ class ZooModel(ZooPreTrainedModel):
         if past_key_values is not None and self.outgrown(past_key_values, attention_mask, length):
             raise ValueError(
                 f"the cache was begun within {self.switches[0]} tokens, beyond which LongRoPE turns all of them "
-                "otherwise; give the whole sequence anew, as generate() does"
+                "otherwise; give the whole sequence, and no cache"
             )
         context = SequenceContext.of(
             x,
@@ -253,12 +260,14 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
 
     def _router_loss(self, statistics: Iterable[RouterStatistics | None]) -> Tensor | None:
         layers = zip(self.config.layers, statistics, strict=True)
-        return router_loss([(layer.ffn.config, router) for layer, router in layers if router is not None])
+        return router_loss(
+            [(layer.ffn.config, router) for layer, router in layers if router is not None and _router_config(layer)]
+        )
 
     def _expert_loads(self, statistics: Iterable[RouterStatistics | None]) -> tuple[Tensor | None, ...] | None:
         layers = zip(self.config.layers, statistics, strict=True)
         loads = tuple(
-            router.assignments if router is not None and layer.ffn.config.router.correction_rate else None
+            router.assignments if router is not None and (c := _router_config(layer)) and c.correction_rate else None
             for layer, router in layers
         )
         return loads if any(load is not None for load in loads) else None
@@ -304,16 +313,31 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         past_key_values: ZooCache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         # A cache that LongRoPE has outgrown is made anew, of all tokens.
-        if past_key_values is not None and input_ids.shape[1] > past_key_values.get_seq_length():
-            length = input_ids.shape[1] - past_key_values.get_seq_length()
-            if self.model.outgrown(past_key_values, attention_mask, length):
+        if past_key_values is not None:
+            past = past_key_values.get_seq_length()
+            if inputs_embeds is None:
+                length = input_ids.shape[1] - past
+            else:  # the prompt; input_ids ends with what came after it
+                length = inputs_embeds.shape[1] - past if is_first_iteration else 1
+            if length > 0 and self.model.outgrown(past_key_values, attention_mask, length):
                 past_key_values.reset()
                 next_sequence_length = None
+                if inputs_embeds is not None and not is_first_iteration:
+                    added = input_ids[:, inputs_embeds.shape[1] - past - length :]
+                    inputs_embeds = torch.cat([inputs_embeds, self.model.embed_tokens(added)], 1)
+                    is_first_iteration = True  # transformers gives embeddings then alone
         return super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, **kwargs
+            input_ids,
+            next_sequence_length,
+            past_key_values,
+            attention_mask,
+            inputs_embeds,
+            is_first_iteration,
+            **kwargs,
         )
 
     def _prepare_cache_for_generation(
@@ -329,6 +353,14 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r} is not available: "
                 "a hybrid model keeps one state per layer; leave it out"
             )
+        if generation_config.prefill_chunk_size is not None and self.model.switches:
+            length, limit = int(model_kwargs["position_ids"].max()) + 1, self.model.switches[0]
+            if length > max(limit, generation_config.prefill_chunk_size):
+                raise ValueError(
+                    f"prefill_chunk_size={generation_config.prefill_chunk_size} is not available for a prompt of "
+                    f"{length} tokens: LongRoPE turns all tokens otherwise where there are more than {limit}, and the "
+                    "first chunk does not know it; leave it out"
+                )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
             rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
             model_kwargs["past_key_values"] = self.model.new_cache(rows, self.device, self.dtype)
