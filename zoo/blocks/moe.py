@@ -101,7 +101,7 @@ class MoEConfig(FeedForwardConfig):
     num_shared_experts        experts that every token passes through besides.
     shared_intermediate_size  their width together; default num_shared_experts * intermediate_size.
     shared_gate               multiply their output by sigmoid(w x), one number per token (Qwen3-Next).
-    activation                silu, gelu or relu2.
+    activation                silu, gelu, gelu_tanh or relu2.
     gated                     multiply by a second projection (SwiGLU).
     swiglu_limit              clamp both projections to this (gpt-oss); default no limit.
     swiglu_alpha              slope of the clamped gate's sigmoid; default 1.702.

@@ -2,7 +2,7 @@
 additions of low rank that are each depth's own (Zamba2, arXiv:2411.15242, section 2; LoRA, arXiv:2106.09685).
 
     depth i:  W_i x = W x + U_i (D_i x)      for the projections W that read what enters the mixer or the feed-forward
-              y_i   = O_i f_i(x)             out_proj: before the block's output joins the stream
+              y_i   = O_i f_i(x)             out_proj: of the last sublayer f, before its output joins the stream
 
 W [out, in] is every depth's; D_i `down` [rank, in], U_i `up` [out, rank] and O_i [hidden, hidden] are depth i's.
 Several projections may be one matrix cut in pieces, as an MLP's gate and up: they have one D_i between them.
@@ -31,7 +31,7 @@ class SharedConfig:
 
     mixer_adapter  rank of the additions to the mixer's projections; default none.
     ffn_adapter    rank of the additions to the feed-forward's.
-    out_proj       multiply the block's output by a matrix.
+    out_proj       multiply what the block's last sublayer gives (the feed-forward, where there is one) by a matrix.
     """
 
     mixer_adapter: Size | None = None
