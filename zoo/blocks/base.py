@@ -108,7 +108,7 @@ class Mixer(Part):
 
     @abstractmethod
     def state_bytes(self, batch: int, length: int) -> int:
-        """Bytes of the state after `length` tokens: keys and values in the dtype of the weights, the rest in float32."""
+        """Bytes of the state after `length` tokens: keys and values in the dtype of the weights, others in float32."""
 
 
 class RouterStatistics(NamedTuple):
