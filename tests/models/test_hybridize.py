@@ -55,6 +55,7 @@ def test_one_after_the_other():
         ("softmax@1=lightening", "unknown mixer 'lightening'; did you mean 'lightning'"),
         ("softmax@1={num_heads: 4}", "is no mixer; write its kind"),
         ("softmax@1={", "softmax@1={"),
+        ("softmax@1=none", "takes the mixer away; name the one to put there"),
         ("softmax@1={kind: lightning, heads: 4}", "mixer.heads: unknown key"),
     ],
 )
@@ -122,6 +123,24 @@ def test_tensors_of_the_same_name_and_shape_are_kept():
     old = ours.model.layers[0].mixer
     assert torch.equal(half.q_proj.weight, old.q_proj.weight) and torch.equal(half.o_proj.weight, old.o_proj.weight)
     assert half.k_proj.weight.shape == (8, 32) and half.k_proj.weight.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "index"), [("qwen3", 0), ("olmo2", 0), ("gemma2", 0), ("gpt_oss", 0), ("smollm3", 0)]
+)
+def test_a_mixer_of_the_same_kind_keeps_what_is_not_said(family, index):
+    """Norms, windows, scales, caps, sinks and the lack of positions."""
+    net = theirs(family, index)
+    tokens = ids(net)
+    same = zoo.from_hf(net, replace=["softmax=attention"])
+    assert torch.equal(same(tokens).logits, zoo.from_hf(net)(tokens).logits)
+    narrow = zoo.from_hf(net, replace=["softmax={kind: attention, window: 3}"])
+    assert {layer.mixer.config.window for layer in narrow.config.layers} == {3}
+
+
+def test_what_shares_its_weights_is_refused():
+    with pytest.raises(ConfigError, match="layer 0 shares its weights or reads the embeddings; leave it out"):
+        zoo.from_hf(theirs("zamba2", 0), replace=["softmax=lightning"])
 
 
 def test_rates_stay_float32():

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import sys
 import tempfile
+import threading
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +31,7 @@ SHARD_BYTES = 5 * 10**9
 # What stands beside the weights and is carried over as it is.
 CARRIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "generation_config.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tiktoken.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 
 
@@ -68,24 +73,36 @@ def convert(
         FamilyError, ConfigError: as `zoo.from_hf`; no family has the model; the target is not empty, or cannot be
             written.
     """
-    source, target = Path(source), Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FamilyError(f"{target}: is there already; give a folder that is not")
-    with Checkpoint(source) as checkpoint:
+    source, asked = Path(source), target
+    target = Path(target).resolve()  # a link's own place must not be replaced
+    if family is not None and format != "native":
+        raise FamilyError("family says as which a native folder is written; leave it out, or write native")
+    try:
+        taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    except OSError as error:
+        raise FamilyError(f"{asked}: cannot be read: {error.strerror or error}") from None
+    if taken:
+        raise FamilyError(f"{asked}: is there already; give a folder that is not")
+    with Checkpoint(source) as checkpoint, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         model, tensors = read_model(checkpoint.config, checkpoint, overrides, replace)
         config: PreTrainedConfig = model.config
-        notes = ()
+        notes: tuple[str, ...] = ()
         if checkpoint.config.model_type != ZooConfig.model_type:
-            notes = family_named(checkpoint.config.model_type, "").notes(checkpoint.config)
+            notes = family_named(checkpoint.config.model_type, "").notes(model.config)
         if format == "native":
             found, config = family_of(model.config, family)
             config.architectures = [found.model_class]
             tensors = _theirs(model, found, config, tensors)
+            if found.config_class is not None:
+                notes = (f"transformers has no {found.model_type}: put the code that was released with it beside the "
+                         "weights, or use software that knows it",)  # fmt: skip
         else:
             config.architectures = [ZooForCausalLM.__name__]
         config.dtype = model.dtype
         with _whole_or_nothing(target) as folder:
             size = _write(folder, source, config, tensors, model, shard_bytes, progress)
+    notes += tuple(str(each.message) for each in caught if each.category is UserWarning)
     return Converted(model.config, checkpoint.config.model_type, config.model_type, size, notes)
 
 
@@ -97,17 +114,42 @@ def _whole_or_nothing(target: Path) -> Iterator[Path]:
         FamilyError: it cannot be written.
     """
     folder = None
+    made = [each for each in target.parents if not each.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-        yield folder
-        folder.chmod(0o755)  # a temporary folder is its owner's alone
-        folder.replace(target)
+        with _terminated_is_an_exit():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+            yield folder
+            umask = os.umask(0)
+            os.umask(umask)
+            folder.chmod(0o777 & ~umask)  # a temporary folder is its owner's alone
+            folder.replace(target)
     except (OSError, SafetensorError) as error:
         raise FamilyError(f"{target}: cannot be written: {' '.join(str(error).split())}") from None
     finally:
         if folder is not None and folder.exists():
             shutil.rmtree(folder)
+        if not target.exists():
+            for each in made:  # the innermost first
+                with suppress(OSError):
+                    each.rmdir()
+
+
+@contextmanager
+def _terminated_is_an_exit() -> Iterator[None]:
+    """SIGTERM, which clusters send, unwinds as Ctrl-C does."""
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _write(
@@ -125,6 +167,7 @@ def _write(
         for name, tensor in tensors:
             writer.add(name, tensor)
             bar.update(tensor.nbytes)
+            del tensor  # the next one is made before it would be let go
     writer.close()
     config.save_pretrained(folder)
     for name in CARRIED:
@@ -142,6 +185,7 @@ def _theirs(
     waiting: dict[str, Tensor] = {}
     for name, tensor in tensors:
         waiting[name] = tensor
+        del tensor
         pair = pairs[name]
         if all(each in waiting for each in pair.ours):
             form = pair.layouts[0]

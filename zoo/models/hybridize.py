@@ -69,6 +69,8 @@ def _replace(model: ZooConfig, text: str) -> tuple[ZooConfig, list[int]]:
     if wrong := sorted(set(layers) - set(having)):
         has = model.layers[wrong[0]].mixer.kind
         raise ConfigError(f"{text!r}: layer {wrong[0]} has {has}, not {name}; it stands at {_ranges(having)}")
+    if fixed := [i for i in layers if model.layers[i].shared is not None or _concatenates(model.layers[i])]:
+        raise ConfigError(f"{text!r}: layer {fixed[0]} shares its weights or reads the embeddings; leave it out")
     mixer = _mixer(text, right.strip())
     try:
         known = {field.name for field in dataclasses.fields(kind_of("mixer", mixer["kind"]).config_class)}
@@ -116,7 +118,13 @@ def _mixer(text: str, right: str) -> dict[str, Any]:
         mixer = {"kind": mixer}
     if not isinstance(mixer, dict) or not isinstance(mixer.get("kind"), str):
         raise ConfigError(f"{text!r}: {right!r} is no mixer; write its kind, or {{kind: mamba2, state_size: 64}}")
+    if mixer["kind"] == "none":
+        raise ConfigError(f"{text!r}: takes the mixer away; name the one to put there")
     return mixer | {"kind": KINDS.get(mixer["kind"], mixer["kind"])}
+
+
+def _concatenates(layer: Layer) -> bool:
+    return getattr(layer.mixer.config, "concat_embeddings", False)
 
 
 # How a new mixer's fields follow from softmax attention's, so that its projections fit.
@@ -132,7 +140,10 @@ _FROM_ATTENTION: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 def _inherited(old: Layer, kind: str, known: set[str]) -> dict[str, Any]:
-    """Fields of a new mixer, of those `known` to it, that the old one gives: of the same name, or by rule."""
+    """Fields of a new mixer, of those `known` to it, that the old one gives: all of its own kind's, or by rule, or
+    those that most mixers have."""
+    if old.mixer.kind == kind:
+        return _plain(old.mixer.config)
     if old.mixer.kind == "attention" and kind in _FROM_ATTENTION:
         return _FROM_ATTENTION[kind](old.mixer.config)
     return {
@@ -143,11 +154,13 @@ def _inherited(old: Layer, kind: str, known: set[str]) -> dict[str, Any]:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """A config dataclass as YAML has it, without what is not given."""
+    """A config dataclass as YAML has it, without what is null by default and not given."""
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.default is None}
+    absent = {name for name, value in given.items() if value is None}
     return {
-        field.name: _plain(value) if dataclasses.is_dataclass(value) else value
+        field.name: _plain(value) if dataclasses.is_dataclass(value := getattr(config, field.name)) else value
         for field in dataclasses.fields(config)
-        if (value := getattr(config, field.name)) is not None
+        if field.name not in absent
     }
 
 
@@ -174,7 +187,8 @@ def replaced(hybrid: Hybrid, tensors: Iterable[tuple[str, Tensor]], dtype: torch
 
 def _new(hybrid: Hybrid, i: int, prefix: str, old: Tensors, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     before, after = hybrid.before.layers[i].mixer, hybrid.config.layers[i].mixer
-    module = kind_of("mixer", after.kind).module_class(after.config, hybrid.config, i).to(dtype)
+    device = next(iter(old.values())).device
+    module = kind_of("mixer", after.kind).module_class(after.config, hybrid.config, i).to(device, dtype)
     tensors = dict(module.named_parameters())
     rule = _RULES.get((before.kind, after.kind))
     taken = dict(old) if rule is None else rule(old, before.config, after.config, module)

@@ -89,7 +89,7 @@ def test_out_again(tmp_path):
     folder = released(net, tmp_path / "theirs", rotary_dim=4)
     assert convert(folder, tmp_path / "ours", "zoo").notes[0].startswith("softmax layers rotate 4 of 10 dimensions")
     result = convert(tmp_path / "ours", tmp_path / "back", "native")
-    assert result.target == "minimax_text_01"
+    assert result.target == "minimax_text_01" and "put the code that was released with it" in result.notes[0]
     saved = json.loads((tmp_path / "back" / "config.json").read_text())
     assert saved["architectures"] == ["MiniMaxText01ForCausalLM"] and saved["rotary_dim"] == 4
     read = FAMILIES["minimax_text_01"].model_file
@@ -104,8 +104,12 @@ def test_out_again(tmp_path):
 def test_the_import_of_transformers_says_what_it_took(tmp_path):
     theirs("minimax", 2).save_pretrained(tmp_path / "theirs")
     notes = convert(tmp_path / "theirs", tmp_path / "ours", "zoo").notes
-    assert "rotate all 8 dimensions, as transformers does" in notes[0] and "rotary_dim=64" in notes[0]
-    assert "slopes=alibi" in notes[1]
+    assert "states are float32" in notes[0] and "slopes=alibi" in notes[1]
+    theirs("minimax", 0).save_pretrained(tmp_path / "whole")
+    notes = convert(tmp_path / "whole", tmp_path / "ours1", "zoo").notes
+    assert "rotate all 10 dimensions, as transformers does" in notes[1] and "rotary_dim=4" in notes[1]
+    override = ["blocks.softmax.mixer.rope.rotary_dim=4"]
+    assert len(convert(tmp_path / "whole", tmp_path / "ours2", "zoo", overrides=override).notes) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ tensors behind the names are the same numbers; a plain name is the same tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from zoo.config import ConfigError, Layer, ZooConfig, load_config
+from zoo.config import Layer, ZooConfig, load_config
+from zoo.pattern import MAX_LAYERS
 from zoo.schema import shown
 
 
@@ -43,6 +45,24 @@ class Form:
     def split(self, ours: Sequence[Tensor]) -> list[Tensor]:
         """The inverse of `join`."""
         raise NotImplementedError
+
+
+# What a configuration with values of wrong types or sizes raises, in transformers or in the code of a family.
+_WRONG = (
+    StrictDataclassError, AttributeError, ArithmeticError, IndexError, KeyError, RecursionError, TypeError, ValueError
+)  # fmt: skip
+
+
+@contextmanager
+def one_line(where: str) -> Iterator[None]:
+    """What goes wrong inside is a FamilyError of one line."""
+    try:
+        yield
+    except FamilyError:
+        raise
+    except _WRONG as error:
+        name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise FamilyError(f"{where}: {name}{' '.join(str(error).split())[:300]}") from None
 
 
 @dataclass(frozen=True)
@@ -142,7 +162,7 @@ class Family:
     derive       those of layer i, for a checkpoint that is written, by name within the layer.
     immaterial   fields of the configuration that change no number.
     beside       starts of names of tensors beside the language model; not read.
-    notes        what a user should know who reads such a configuration, one line each.
+    notes        what a user should know of a model that was read, one line each.
     original     a config.json without model_type, as the architecture's own authors write it, in transformers' fields;
                  None for one of another.
     former       starts of names in released checkpoints, and what transformers' module calls them.
@@ -164,7 +184,7 @@ class Family:
     immaterial: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     config_class: type[PreTrainedConfig] | None = None
-    notes: Callable[[PreTrainedConfig], tuple[str, ...]] = lambda config: ()
+    notes: Callable[[ZooConfig], tuple[str, ...]] = lambda model: ()
     original: Callable[[Mapping[str, Any]], dict[str, Any] | None] = lambda values: None
     former: Mapping[str, str] = field(default_factory=dict)
     further_layers: bool = False
@@ -201,7 +221,7 @@ class Family:
             }
             config = self.configuration()(**carried | common | given)
             again = self.model_file(config)
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError, StrictDataclassError) as error:
+        except _WRONG as error:
             raise FamilyError(f"is no {self.model_type}: {' '.join(str(error).split())}") from None
         difference = _difference(model, again)
         if difference:
@@ -214,7 +234,10 @@ class Family:
         Raises:
             FamilyError: an option that ours does not have, with its name and value.
         """
-        given = Fields(config, self.immaterial)
+        with one_line(self.model_type):
+            return self._model_file(Fields(config, self.immaterial))
+
+    def _model_file(self, given: Fields) -> ZooConfig:
         common = {
             "vocab_size": given("vocab_size"),
             "hidden_size": given("hidden_size"),
@@ -222,13 +245,12 @@ class Family:
             "tie_word_embeddings": given("tie_word_embeddings"),
             **{name: given(name) for name in CARRIED},
         }
-        given("num_hidden_layers")  # follows from the pattern
+        layers = given("num_hidden_layers")  # the pattern says it again
+        if not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS:
+            raise FamilyError(f"{self.model_type}: num_hidden_layers is {shown(layers)}; give 1 to {MAX_LAYERS}")
         mapping = common | self.read(given)
         given.finish()
-        try:
-            return load_config({name: value for name, value in mapping.items() if value is not None})
-        except ConfigError as error:
-            raise FamilyError(f"{self.model_type}: {error}") from None
+        return load_config({name: value for name, value in mapping.items() if value is not None})
 
     def present(self, name: str) -> str:
         """What a tensor of a checkpoint is called in transformers' module, where only the start of its name changed."""

@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig
 
 from zoo.config import ConfigError, ZooConfig, load_config
 from zoo.models.families import FAMILIES
-from zoo.models.families.base import Family, FamilyError
-from zoo.schema import nearest
+from zoo.models.families.base import Family, FamilyError, one_line
+from zoo.schema import nearest, shown
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -25,24 +25,32 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if not (folder / "config.json").is_file():
-            raise FamilyError(f"{folder}: has no config.json; give the folder of a transformers checkpoint")
-        self.config = read_config(folder / "config.json")
         self.files: dict[str, Any] = {}
-        self.place = self._index()
+        try:
+            if not (folder / "config.json").is_file():
+                raise FamilyError(f"{folder}: has no config.json; give the folder of a transformers checkpoint")
+            self.config = read_config(folder / "config.json")
+            self.place = self._index()
+        except OSError as error:
+            raise FamilyError(f"{folder}: cannot be read: {error.strerror or error}") from None
 
     def _index(self) -> dict[str, str]:
+        """Which file each tensor is in."""
         index = self.folder / INDEX
-        if index.is_file():
-            try:
-                return dict(json.loads(index.read_text())["weight_map"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise FamilyError(f"{index}: is no index of shards: {error!r}") from None
-        if not (self.folder / SINGLE).is_file():
+        if (self.folder / SINGLE).is_file():  # an index beside it is of an earlier model
+            return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        if not index.is_file():
             others = sorted(f.name for f in self.folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
             hint = f"; {others[0]} is a pickle and is not read: convert it to safetensors" if others else ""
             raise FamilyError(f"{self.folder}: has neither {SINGLE} nor {INDEX}{hint}")
-        return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        try:
+            place = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise FamilyError(f"{index}: is no index of shards: {' '.join(repr(error).split())[:200]}") from None
+        for name, file in place.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise FamilyError(f"{index}: {name} is in {shown(file)}; a shard must lie beside the index")
+        return place
 
     def _open(self, file: str) -> Any:
         if file not in self.files:
@@ -142,22 +150,22 @@ def read_config(file: Path) -> PreTrainedConfig:
     try:
         values = json.loads(file.read_text())
         model_type = values.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise FamilyError(f"{file}: cannot be read: {error}") from None
-    if model_type is None:
-        for family in FAMILIES.values():
-            if (fields := family.original(values)) is not None:
-                return family.configuration()(**fields)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise FamilyError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from None
     if model_type == ZooConfig.model_type:
         try:
             return load_config(file)
         except ConfigError as error:
             raise FamilyError(str(error)) from None
-    family = family_named(model_type, str(file))
-    return family.configuration().from_json_file(file)
+    with one_line(str(file)):
+        if model_type is None:
+            for family in FAMILIES.values():
+                if (fields := family.original(values)) is not None:
+                    return family.configuration()(**fields)
+        return family_named(model_type, str(file)).configuration().from_json_file(file)
 
 
 def family_named(model_type: object, where: str) -> Family:
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise FamilyError(f"{where}: unknown model_type {model_type!r}; {nearest(str(model_type), FAMILIES)}")
-    return FAMILIES[str(model_type)]
+    return FAMILIES[model_type]

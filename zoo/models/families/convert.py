@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from zoo.models.families.checkpoint import Checkpoint, Renamed, family_named
 from zoo.models.hybridize import hybridize, replaced
 from zoo.models.modeling import ZooForCausalLM
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LISTED = 5  # names in an error message
 
 
@@ -122,13 +124,28 @@ def read_model(
     model = build(before, device="meta", dtype=dtype)
     hybrid = hybridize(before, replace)
     if not hybrid.replaced:
-        return model, converted(family, model, tensors)
+        return model, whole(model, converted(family, model, tensors))
     after = build(hybrid.config, device="meta", dtype=dtype)
-    return after, replaced(hybrid, converted(family, model, tensors), dtype)
+    return after, whole(after, replaced(hybrid, converted(family, model, tensors), dtype))
+
+
+def whole(model: ZooForCausalLM, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors as they come; at the end they must have been all of the model's, each of its shape.
+
+    Raises:
+        FamilyError: they were not.
+    """
+    due = {name: tensor.shape for name, tensor in saved_tensors(model).items()}
+    for name, tensor in tensors:
+        if due.pop(name, None) != tensor.shape:
+            raise FamilyError(f"{name} {list(tensor.shape)} has no place in the model that was to be read")
+        yield name, tensor
+    if due:
+        raise FamilyError(f"nothing gave {_some(sorted(due))}")
 
 
 def _fill(model: ZooForCausalLM, tensors: Iterator[tuple[str, Tensor]]) -> ZooForCausalLM:
-    found = dict(tensors)
+    found = {name: tensor.clone() for name, tensor in tensors}  # they may be views of the source
     model.to_empty(device=next(iter(found.values())).device)
     for module in model.modules():
         if any(True for _ in module.buffers(recurse=False)):
@@ -151,8 +168,13 @@ def converted(
     """
     ours = saved_tensors(model)
     left = {name for name in tensors if family is None or family.is_read(name, model.config)}
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings and "lm_head.weight" in left:
         left.discard("lm_head.weight")
+        (embedding,) = _pairs(family, model.config, ["model.embed_tokens.weight"])
+        given = next((each.names()[0] for each in embedding.layouts if each.names()[0] in tensors), "lm_head.weight")
+        if not torch.equal(tensors["lm_head.weight"], tensors[given]):
+            raise FamilyError("lm_head.weight is not the embedding, which tie_word_embeddings says it is; "
+                              "set that to false in config.json")  # fmt: skip
     plan, missing = [], []
     for pair in _pairs(family, model.config, ours):
         form = next((form for form in pair.layouts if all(name in tensors for name in form.names())), None)
@@ -166,18 +188,34 @@ def converted(
     if left:
         raise FamilyError(f"tensors that nothing here reads: {_some(sorted(left))}")
     for pair, form in plan:
-        theirs = [tensors[name] for name in form.names()]
-        shapes = [ours[name].shape for name in pair.ours]
-        try:
-            joined = form.join(theirs, shapes)
-            fits = [tensor.shape for tensor in joined] == shapes
-        except (RuntimeError, ValueError):
-            fits = False
-        if not fits:
-            found = ", ".join(str(list(tensor.shape)) for tensor in theirs)
-            raise FamilyError(f"{form.names()[0]}: is {found}, the configuration says {_expected(form, shapes)}")
-        for name, tensor in zip(pair.ours, joined, strict=True):
-            yield name, tensor.to(ours[name].dtype, copy=True)
+        # Nothing of a pair is held while the next one is made.
+        yield from zip(pair.ours, _joined(form, tensors, [ours[name] for name in pair.ours]), strict=True)
+
+
+def _joined(form: Form, tensors: Mapping[str, Tensor], ours: list[Tensor]) -> list[Tensor]:
+    """Ours, in the dtypes and shapes of `ours`, of theirs."""
+    theirs = [tensors[name] for name in form.names()]
+    for name, tensor in zip(form.names(), theirs, strict=True):
+        if tensor.dtype not in FLOATS:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise FamilyError(f"{name} is {dtype}; supported are float32, bfloat16, float16 and float64")
+    shapes = [tensor.shape for tensor in ours]
+    try:
+        joined = form.join(theirs, shapes)
+        fits = [tensor.shape for tensor in joined] == shapes
+    except (RuntimeError, ValueError):
+        fits = False
+    if not fits:
+        found = ", ".join(str(list(tensor.shape)) for tensor in theirs)
+        raise FamilyError(f"{form.names()[0]}: is {found}, the configuration says {_expected(form, shapes)}")
+    result = []
+    for mine, tensor in zip(ours, joined, strict=True):
+        narrow = tensor.to(mine.dtype)
+        if narrow.dtype.itemsize < tensor.dtype.itemsize and not torch.equal(narrow.to(tensor.dtype), tensor):
+            dtypes = [str(each.dtype).removeprefix("torch.") for each in (tensor, mine)]
+            warnings.warn(f"{form.names()[0]} is rounded from {dtypes[0]} to {dtypes[1]}, the model's", stacklevel=2)
+        result.append(narrow)
+    return result
 
 
 def _expected(form: Form, shapes: list[torch.Size]) -> str:
@@ -191,7 +229,7 @@ def _dtype(family: Family | None, model: ZooConfig, tensors: Mapping[str, Tensor
     (pair,) = _pairs(family, model, ["model.embed_tokens.weight"])
     for form in pair.layouts:
         for name in form.names():
-            if name in tensors:
+            if name in tensors and tensors[name].dtype in FLOATS:
                 return tensors[name].dtype
     raise FamilyError(f"missing tensors: {pair.layouts[0].names()[0]}")
 

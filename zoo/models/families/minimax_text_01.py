@@ -107,10 +107,10 @@ def write(model: ZooConfig) -> dict[str, Any]:
     return fields | parts.expert_fields(parts.first(model, "moe"), "num_local_experts")
 
 
-def notes(config: PreTrainedConfig) -> tuple[str, ...]:
-    rotated = config.rotary_dim or config.head_dim
-    return (f"softmax layers rotate {rotated} of {config.head_dim} dimensions, as the released code does; "
-            "transformers' minimax rotates all of them",)  # fmt: skip
+def notes(model: ZooConfig) -> tuple[str, ...]:
+    attention = [layer.mixer.config for layer in model.layers if layer.mixer.kind == "attention"]
+    return tuple(f"softmax layers rotate {config.rope.rotary_dim} of {config.head_dim} dimensions, as the released "
+                 "code does; transformers' minimax rotates all of them" for config in attention[:1])  # fmt: skip
 
 
 FAMILY = Family(
