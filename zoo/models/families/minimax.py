@@ -79,15 +79,15 @@ def derive(config: PreTrainedConfig, i: int) -> dict[str, Tensor]:
 
 def notes(model: ZooConfig) -> tuple[str, ...]:
     given = ["states are float32 while decoding; transformers keeps them in the model's dtype"]
-    for config in {layer.mixer.config for layer in model.layers}:
+    for config in dict.fromkeys(layer.mixer.config for layer in model.layers):
         if config.num_heads & (config.num_heads - 1) and getattr(config, "slopes", "alibi") == "geometric":
             given.append("decays follow transformers' formula, which for this number of heads is not that of the "
                          "released code: --override blocks.lightning.mixer.slopes=alibi")  # fmt: skip
         rope = getattr(config, "rope", None)
         if rope is not None and rope.rotary_dim == config.head_dim:
+            override = f"--override blocks.softmax.mixer.rope.rotary_dim={config.head_dim // 4 * 2}"
             given.append(f"softmax layers rotate all {config.head_dim} dimensions, as transformers does; "
-                         "MiniMax-Text-01 was released with half of them: --override blocks.softmax.mixer.rope.rotary_dim="
-                         f"{config.head_dim // 4 * 2}")  # fmt: skip
+                         f"MiniMax-Text-01 was released with half of them: {override}")  # fmt: skip
     return tuple(given)
 
 
