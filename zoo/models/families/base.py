@@ -246,7 +246,7 @@ class Family:
             **{name: given(name) for name in CARRIED},
         }
         layers = given("num_hidden_layers")  # the pattern says it again
-        if not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS:
+        if layers is not None and (not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS):
             raise FamilyError(f"{self.model_type}: num_hidden_layers is {shown(layers)}; give 1 to {MAX_LAYERS}")
         mapping = common | self.read(given)
         given.finish()
