@@ -5,6 +5,7 @@ from zoo.ops.delta_rule import delta_rule
 from zoo.ops.dispatch import backend, backends
 from zoo.ops.explain import explain
 from zoo.ops.gated_rms_norm import gated_rms_norm
+from zoo.ops.infini_attention import infini_attention
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.selective_scan import selective_scan
 from zoo.ops.softmax_attention import softmax_attention
@@ -16,6 +17,7 @@ __all__ = [
     "delta_rule",
     "explain",
     "gated_rms_norm",
+    "infini_attention",
     "linear_attention",
     "selective_scan",
     "softmax_attention",

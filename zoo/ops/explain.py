@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from zoo.ops import dispatch
 from zoo.ops.causal_conv1d import causal_conv1d
 from zoo.ops.delta_rule import delta_rule
 from zoo.ops.gated_rms_norm import gated_rms_norm
+from zoo.ops.infini_attention import infini_attention
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.selective_scan import selective_scan
 from zoo.ops.softmax_attention import softmax_attention
@@ -18,7 +20,7 @@ from zoo.ops.softmax_attention import softmax_attention
 OPS: dict[str, Callable[..., Any]] = {
     op.__name__: op
     for op in (causal_conv1d, delta_rule, gated_rms_norm, linear_attention, selective_scan, softmax_attention)
-}
+} | {"infini_attention": partial(infini_attention, segment=2048)}  # the choice does not depend on it
 # Arguments whose dtype is not that of the rest.
 DTYPES = {
     **dict.fromkeys(("A", "D", "beta", "log_decay", "initial_state"), torch.float32),
