@@ -10,6 +10,7 @@ from zoo.blocks import SequenceContext
 
 MIXERS = {
     "attention": {"kind": "attention", "num_heads": 2, "qk_norm": True, "bias": True},
+    "infini": {"kind": "infini", "num_heads": 2, "segment": 4, "update": "delta"},
     "lightning": {"kind": "lightning", "num_heads": 2},
     "mla": {
         "kind": "mla", "num_heads": 2, "q_lora_rank": 6, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "v_head_dim": 4,
@@ -79,6 +80,7 @@ def test_rates_stay_float32_when_the_rest_is_cast(role, name, cast):
     rates = float32_names(module)
     assert rates == {
         "attention": {"rotary.inv_freq"},
+        "infini": {"gate", "rotary.inv_freq"},
         "lightning": {"log_decay"},
         "mla": {"rotary.inv_freq"},
         "mamba": {"A_log", "D", "dt_bias"},

@@ -49,8 +49,9 @@ GAPS = {
 
 # What a filled cell does not cover.
 LIMITS = (
-    "backend: on the CPU: `torch`, and `triton` interpreted, in float32, for the subjects without softmax attention "
-    "or the delta rule, which have no kernel of ours yet. `library` needs a GPU (benchmarks/gpu_suite.py).",
+    "backend: on the CPU: `torch`, and `triton` interpreted, in float32, for the subjects without softmax attention, "
+    "the delta rule or Infini-attention, which have no kernel of ours yet. `library` needs a GPU "
+    "(benchmarks/gpu_suite.py).",
     "compile: aot_eager for every subject and inductor for one, without packed documents (the ops compile with them).",
     "precision: a mixer is run once over the 16,384 tokens; a row with ok has the mixers of rows above.",
     "decode, length: of attention-longrope within its original context of 512 tokens; a cache that crosses it is "

@@ -51,6 +51,9 @@ MLA = {
 }  # fmt: skip
 MLA_NO_ROPE = {**MLA, "q_lora_rank": None, "rope": None, "bias": True}
 MLA_GATED = {**MLA, "q_lora_rank": None, "output_gate": True}
+INFINI = {"kind": "infini", "num_heads": 4, "num_kv_heads": 2, "segment": 9, "rope": PARTIAL_ROPE}
+INFINI_DELTA = {**INFINI, "update": "delta", "segment": 4}
+INFINI_NO_ROPE = {"kind": "infini", "num_heads": 2, "head_dim": 12, "rope": None, "segment": 20}
 LIGHTNING = {"kind": "lightning", "num_heads": 4}
 MAMBA = {"kind": "mamba", "state_size": 4}
 JAMBA = {"kind": "mamba", "state_size": 4, "conv_kernel": 3, "inner_norms": True, "bias": True, "conv_bias": False}
@@ -115,6 +118,9 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "mla": _alone(MLA, MLP),
     "mla-no-rope": _alone(MLA_NO_ROPE, GROUPS_MOE),
     "mla-gated": _alone(MLA_GATED, MLP),
+    "infini": _alone(INFINI, MLP),
+    "infini-delta": _alone(INFINI_DELTA, MLP),
+    "infini-no-rope": _alone(INFINI_NO_ROPE, MLP),
     "lightning": _alone(LIGHTNING, SHARED_MOE),
     "mamba": _alone(MAMBA, RELU2),
     "mamba-inner-norms": _alone(JAMBA, MLP),

@@ -14,7 +14,7 @@ from zoo.blocks import KeyValueState, SequenceContext
 
 LENGTH = 16_384
 BOUND = 0.02
-FLOAT32 = ("A_log", "D", "dt_bias", "a_param")  # parameters; every buffer is float32 besides
+FLOAT32 = ("A_log", "D", "dt_bias", "a_param", "gate")  # parameters; every buffer is float32 besides
 FLOAT32_ARGUMENTS = {
     "linear_attention": ("log_decay",),
     "selective_scan": ("delta", "A", "D"),

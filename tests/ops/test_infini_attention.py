@@ -451,3 +451,22 @@ def test_wrong_arguments(changes, message):
     with pytest.raises(ValueError, match=message) as error:
         infini_attention(**arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_the_linear_update_is_a_sum_of_stretches(name):
+    """Context parallelism: each stretch writes to an empty memory, and the memory before one is the sum of those before
+    it."""
+    inputs = empty(make_inputs(1, 6 * SEGMENT, 4, 2, 6, 5))
+    stretches = [slice(0, 32), slice(32, 80), slice(80, 96)]
+    parts = [{n: x if n == "gate" else x[:, now] for n, x in inputs.items()} for now in stretches]
+    with backend(name):
+        whole, *memory = call(inputs)
+        written = [call(part)[1:] for part in parts]
+        before = [torch.zeros_like(x) for x in memory]
+        for now, part, own in zip(stretches, parts, written, strict=True):
+            out, *_ = call(part | {"M": before[0], "z": before[1]})
+            assert relative_error(out, whole[:, now]) < 1e-13
+            before = [a + b for a, b in zip(before, own, strict=True)]
+    for got, wanted in zip(before, memory, strict=True):
+        assert relative_error(got, wanted) < 1e-13

@@ -66,6 +66,40 @@ def test_weight_decay_reaches_matrices_only():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_parameters_with_a_learning_rate_of_their_own_have_a_group_of_their_own(name):
+    """Infini-attention's gates: another peak rate, the same schedule, no weight decay."""
+
+    class Matrix(nn.Linear):
+        learning_rates = {"weight": 0.002}
+
+    infini = {"mixer": {"kind": "infini", "num_heads": 2, "segment": 4}}
+    model = zoo.build({"vocab_size": 64, "hidden_size": 32, "blocks": {"a": infini}, "pattern": "a*2"})
+    model.matrix = Matrix(32, 32)
+    options = OPTIONS | {"learning_rate": 1e-4}
+    optimizer = make_optimizer(name, model, **options)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(parameters) == len({id(p) for p in parameters}) == len(list(model.parameters()))
+    gates = {f"model.layers.{layer}.mixer.gate" for layer in (0, 1)}
+    own = {}
+    for group in optimizer.param_groups:
+        names = names_of(model, group["params"])
+        if names & {*gates, "matrix.weight"}:
+            assert not group["weight_decay"]
+            own[group["lr"]] = names
+        else:
+            assert group["lr"] == 1e-4
+    assert own == {0.01: gates, 0.002: {"matrix.weight"}}
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.005, 0.001, 5e-5}
+    # The first step of AdamW moves a parameter by its rate.
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for layer in model.model.layers:
+        assert torch.allclose(layer.mixer.gate, torch.tensor(-0.005), rtol=1e-3)
+
+
 def test_rates_of_a_built_model_are_spared():
     """Mamba-1's A_log is a matrix, and the model has come from the meta device."""
     mamba = {"mixer": {"kind": "mamba", "state_size": 16}}

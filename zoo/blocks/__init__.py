@@ -4,6 +4,7 @@ from zoo.blocks.attention import Attention, AttentionConfig
 from zoo.blocks.base import FeedForward, FeedForwardConfig, Mixer, MixerConfig, RouterStatistics
 from zoo.blocks.context import SequenceContext
 from zoo.blocks.gated_delta import GatedDelta, GatedDeltaConfig
+from zoo.blocks.infini import Infini, InfiniConfig
 from zoo.blocks.kda import KDA, KDAConfig
 from zoo.blocks.lightning import Lightning, LightningConfig
 from zoo.blocks.mamba import Mamba, MambaConfig
@@ -35,6 +36,7 @@ __all__ = [
 
 register("attention", AttentionConfig, Attention)
 register("gated_delta", GatedDeltaConfig, GatedDelta)
+register("infini", InfiniConfig, Infini)
 register("kda", KDAConfig, KDA)
 register("lightning", LightningConfig, Lightning)
 register("mamba", MambaConfig, Mamba)

@@ -68,11 +68,14 @@ class Float32Module(nn.Module):
 class Part(Float32Module):
     """What mixers and feed-forwards share.
 
-    adapted  names of the projections that read the part's input, to which a shared block may add at each depth
-             (shared.py); those in one group are pieces of one matrix.
+    adapted         names of the projections that read the part's input, to which a shared block may add at each depth
+                    (shared.py); those in one group are pieces of one matrix.
+    learning_rates  of parameters of its own that need another rate than the model's, by name; optimisers put them in
+                    a group by themselves, without weight decay (zoo/train/optimizers.py).
     """
 
     adapted: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    learning_rates: ClassVar[dict[str, float]] = {}
 
     def num_params(self) -> int:
         """Parameters, counted from the fields without touching a tensor's data (works on the meta device)."""

@@ -13,6 +13,7 @@ INK, SOFT = "#1c2430", "#64748b"
 COLOURS = {
     "attention": "#e07a2c",
     "gated_delta": "#d4526e",
+    "infini": "#c98bdb",
     "kda": "#8f2d56",
     "lightning": "#2f6fde",
     "mamba": "#2a9d78",

@@ -6,6 +6,9 @@ each expert or head has its own and they are a matrix together; what a module li
 occurs, so decay would erase rare tokens; OLMo 2, arXiv:2501.00656, section 3, reports that decaying them makes training
 less stable).
 
+What a module lists in its class attribute `learning_rates` (Infini-attention's gates) has a group of its own: AdamW's,
+with the peak learning rate given there in place of the model's, no weight decay, and the same schedule.
+
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; at scale Liu et al. 2025, arXiv:2502.16982)
 replaces the momentum of a hidden matrix by its nearest semi-orthogonal matrix. Expert weights [num_experts, out, in]
 hold most of a mixture's parameters and are num_experts separate matrices, so each is orthogonalised alone, through a
@@ -43,9 +46,18 @@ def _bias_ids(model: nn.Module) -> set[int]:
     return {id(p) for name, p in model.named_parameters() if f"_{name.rpartition('.')[2]}".endswith("_bias")}
 
 
+def _own_learning_rates(model: nn.Module) -> dict[int, float]:
+    """Parameters (by id) for which their module names a learning rate."""
+    return {
+        id(getattr(module, name)): rate
+        for module in model.modules()
+        for name, rate in getattr(module, "learning_rates", {}).items()
+    }
+
+
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
     """The parameters that Muon takes: [out, in] or [num_experts, out, in] weights between embedding and head."""
-    excluded = _outer_ids(model) | _rate_ids(model) | _bias_ids(model)
+    excluded = _outer_ids(model) | _rate_ids(model) | _bias_ids(model) | _own_learning_rates(model).keys()
     return [
         p
         for p in model.parameters()
@@ -54,14 +66,18 @@ def hidden_matrices(model: nn.Module) -> list[Tensor]:
 
 
 def decay_groups(model: nn.Module, parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """`parameters` split into a group with `weight_decay` and a group without; empty groups are left out."""
+    """`parameters` split into a group with `weight_decay`, a group without, and one more for each learning rate that
+    modules give; empty groups are left out."""
     spared = _embedding_ids(model) | _rate_ids(model) | _bias_ids(model)
-    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+    own = _own_learning_rates(model)
+    groups: dict[tuple[bool, float | None], list[Tensor]] = {(True, None): [], (False, None): []}
     for parameter in parameters:
-        groups[parameter.ndim >= 2 and id(parameter) not in spared].append(parameter)
+        rate = own.get(id(parameter))
+        decayed = parameter.ndim >= 2 and id(parameter) not in spared and rate is None
+        groups.setdefault((decayed, rate), []).append(parameter)
     return [
-        {"params": members, "weight_decay": weight_decay if decayed else 0.0}
-        for decayed, members in groups.items()
+        {"params": members, "weight_decay": weight_decay if decayed else 0.0} | ({} if rate is None else {"lr": rate})
+        for (decayed, rate), members in groups.items()
         if members
     ]
 

@@ -114,11 +114,11 @@ def infini_attention(
         raise ValueError(f"key_mask must be bool [batch, key_length] = {[batch, key_length]}, got {got}")
     value_dim = v.shape[3]
     if initial_memory is not None:
-        shapes = [list(x.shape) for x in initial_memory]
+        given_shapes = [list(x.shape) for x in initial_memory]
         wanted = [[[documents, n, key_dim, value_dim], [documents, n, key_dim]] for n in (heads, kv_heads)]
-        if shapes not in wanted:
+        if given_shapes not in wanted:
             either = "" if heads == kv_heads else f" or {wanted[1][0]} and {wanted[1][1]}"
-            raise ValueError(f"initial_memory must be {wanted[0][0]} and {wanted[0][1]}{either}, got {shapes}")
+            raise ValueError(f"initial_memory must be {wanted[0][0]} and {wanted[0][1]}{either}, got {given_shapes}")
 
     wide = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
     if initial_memory is None:

@@ -168,7 +168,8 @@ def _documents(
     outs, ends = [], [memories.document(i) for i in range(len(bounds) - 1)]
     for (start, end), own in zip(pairwise(bounds), ends, strict=True):
         if start < end:
-            outs.append(own.run(*(x[:, start:end] for x in (local, q_mem, k_mem, v)), segment, write_last))
+            now = slice(start, end)
+            outs.append(own.run(local[:, now], q_mem[:, now], k_mem[:, now], v[:, now], segment, write_last))
     out = torch.cat(outs, 1).to(q.dtype)
     return out, torch.cat([own.m for own in ends]), torch.cat([own.z for own in ends])
 
