@@ -16,14 +16,16 @@ MODELS = sorted(Path("configs/models").glob("*.yaml"))
 TRAIN = sorted(Path("configs/train").glob("*.yaml"))
 TINY = [path for path in MODELS if path.stem.endswith("-tiny")]
 STYLES = {"transformer", "minimax", "jamba", "mamba2"}
+KINDS = {"infini"}  # mixers that have a tiny model of their own
 
 
 def test_no_file_is_left_out() -> None:
     every = {path for path in Path("configs").rglob("*") if path.is_file()}
     assert every == set(MODELS) | set(TRAIN)
     own = {f"{style}-{size}" for style in STYLES for size in ("tiny", "125m")}
+    own |= {f"{kind}-tiny" for kind in KINDS}
     assert {path.stem for path in MODELS} == own | {size.name for size in SIZES}
-    assert {path.stem for path in TRAIN} == {f"{style}-tiny" for style in STYLES}
+    assert {path.stem for path in TRAIN} == {f"{style}-tiny" for style in STYLES | KINDS}
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)

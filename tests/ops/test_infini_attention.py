@@ -275,6 +275,19 @@ def test_an_open_gate_is_the_memory_alone(name):
 
 
 @pytest.mark.parametrize("name", ["reference", "torch"])
+def test_of_equal_values_linear_gives_these_and_delta_half(name):
+    """Linear weights sum to 1. z counts what delta does not write: from the second segment on it gives 1/2."""
+    inputs = empty(make_inputs(1, 4 * SEGMENT, 4, 2, 6, 5))
+    inputs |= {"v": torch.ones_like(inputs["v"]), "gate": torch.full((4,), torch.inf).double()}
+    inputs["q_mem"], inputs["k_mem"] = (torch.zeros_like(inputs[n]) for n in ("q_mem", "k_mem"))
+    with backend(name):
+        (linear, *_), (delta, *_) = (call(inputs, update=update) for update in UPDATES)
+    assert relative_error(linear, torch.ones_like(linear)) < 1e-13
+    wanted = torch.tensor([1, 1, 0.5, 0.5]).double().repeat_interleave(SEGMENT)
+    assert relative_error(delta, wanted[None, :, None, None].expand_as(delta)) < 1e-13
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
 def test_the_delta_update_writes_only_what_is_new(name):
     """A memory that gives exactly the values of all its keys is not changed; the linear one is."""
     torch.manual_seed(0)
