@@ -52,7 +52,8 @@ LIMITS = (
     "backend: on the CPU: `torch`, and `triton` interpreted, in float32, for the subjects without softmax attention, "
     "the delta rule or Infini-attention, which have no kernel of ours yet. `library` needs a GPU "
     "(benchmarks/gpu_suite.py).",
-    "compile: aot_eager for every subject and inductor for one, without packed documents (the ops compile with them).",
+    "compile: aot_eager for every subject and inductor for one, without packed documents (the ops compile with them, "
+    "but for infini_attention, which reads their bounds on the CPU).",
     "precision: a mixer is run once over the 16,384 tokens; a row with ok has the mixers of rows above.",
     "decode, length: of attention-longrope within its original context of 512 tokens; a cache that crosses it is "
     "refused, and generate() makes it anew (tests/models/test_longrope.py). precision runs beyond it.",

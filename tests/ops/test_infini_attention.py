@@ -276,7 +276,7 @@ def test_an_open_gate_is_the_memory_alone(name):
 
 @pytest.mark.parametrize("name", ["reference", "torch"])
 def test_of_equal_values_linear_gives_these_and_delta_half(name):
-    """Linear weights sum to 1. z counts what delta does not write: from the second segment on it gives 1/2."""
+    """Linear weights sum to 1. z counts what delta does not write: of two segments and more it gives 1/2."""
     inputs = empty(make_inputs(1, 4 * SEGMENT, 4, 2, 6, 5))
     inputs |= {"v": torch.ones_like(inputs["v"]), "gate": torch.full((4,), torch.inf).double()}
     inputs["q_mem"], inputs["k_mem"] = (torch.zeros_like(inputs[n]) for n in ("q_mem", "k_mem"))
