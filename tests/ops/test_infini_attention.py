@@ -144,12 +144,13 @@ def test_packed_documents_equal_each_alone(name, update):
 def masks(past, length):
     """Rows with padding on the left, on the right, in between, everywhere and nowhere; less than a segment of the past
     is real."""
-    mask = torch.ones(6, past + length, dtype=torch.bool)
+    mask = torch.ones(7, past + length, dtype=torch.bool)
     mask[0, : past + length // 3] = False
     mask[1, past + length // 2 :] = False
     mask[2, past // 2 : past + length // 4] = False
     mask[3] = False
     mask[4] = torch.arange(past + length) % 3 == 0
+    mask[5, 2 * SEGMENT :] = False  # whole segments
     mask[:, : max(0, past - SEGMENT + 1)] = False
     return mask
 
@@ -159,7 +160,7 @@ def masks(past, length):
     ("past", "length"), [(0, 1), (0, 9), (0, 16), (0, 50), (9, 1), (15, 1), (21, 1), (7, 45), (19, 32)]
 )
 def test_padded_rows(past, length, update):
-    inputs = make_inputs(6, length, 4, 2, 6, 5, past=past)
+    inputs = make_inputs(7, length, 4, 2, 6, 5, past=past)
     inputs["z"][1], inputs["M"][1] = 0, 0  # rows fill at different times
     for each in (inputs, empty(inputs)):
         assert_torch_equals_reference(each, torch.float64, 1e-9, update=update, key_mask=masks(past, length))
@@ -182,7 +183,7 @@ def test_a_padded_token_completes_a_segment_of_some_rows():
 def test_masked_queries_give_zero_and_masked_keys_count_for_nothing(name, value):
     """sigma(-10,000) is 0, and so is what it would be divided by."""
     for past, length in ((0, 9), (0, 50), (9, 1), (15, 1), (7, 45)):
-        inputs, mask = make_inputs(6, length, 4, 2, 6, 5, past=past), masks(past, length)
+        inputs, mask = make_inputs(7, length, 4, 2, 6, 5, past=past), masks(past, length)
         garbage = {n: x.clone() for n, x in inputs.items()}
         for n in ("q", "k", "v", "q_mem", "k_mem"):
             garbage[n][~mask[:, mask.shape[1] - garbage[n].shape[1] :]] = value
