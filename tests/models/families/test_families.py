@@ -1,6 +1,7 @@
 """Every family's models, in and out: the same logits, loss and gradients, and the same tensors bit for bit."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import zoo
 from tests.models.families.measure import training
 from tests.models.families.parity import CASES, CONFIGS, close, ids, theirs
+from zoo.config import load_config
 from zoo.models.families import FAMILIES, FamilyError, base
 from zoo.models.families.checkpoint import read_config
 from zoo.models.families.convert import family_of
@@ -258,6 +260,8 @@ def test_what_released_configurations_say_that_transformers_ignores():
     ours = zoo.from_hf(net)
     assert ours.config.layers[1].mixer.config.rope.rotary_dim == 4
     assert family_of(ours.config)[0].model_type == "minimax_text_01"
+    notes = FAMILIES["minimax"].notes(ours.config)
+    assert "softmax layers rotate 4 of 10 dimensions, as released; transformers' minimax rotates all of them" in notes
 
 
 def test_blocks_that_are_not_shared():
@@ -267,6 +271,19 @@ def test_blocks_that_are_not_shared():
     ours = zoo.from_hf(theirs("zamba2", 0)).config.to_mapping() | {"tie_word_embeddings": False}
     with pytest.raises(FamilyError, match="is no zamba2: zamba2: tie_word_embeddings is false; supported is true"):
         zoo.to_hf(zoo.build(ours), "zamba2")
+
+
+@pytest.mark.parametrize(("family", "blocks"), [("nemotron_h", 1), ("zamba2", 2)])
+def test_the_import_says_that_step_sizes_are_bounded(family, blocks):
+    """And the overrides that it names take the bound away, of every block that has one."""
+    model = FAMILIES[family].model_file(theirs(family, 0).config)
+    (note,) = FAMILIES[family].notes(model)
+    assert note.startswith(f"step sizes are at least {theirs(family, 0).config.time_step_min}, as transformers has it")
+    overrides = re.findall(r"--override (\S+)", note)
+    assert len(overrides) == blocks
+    free = load_config(model.to_mapping(), overrides)
+    assert FAMILIES[family].notes(free) == ()
+    assert all(layer.mixer.config.dt_min == 0 for layer in free.layers if layer.mixer.kind == "mamba2")
 
 
 # Fields that say nothing of a forward pass; `num_hidden_layers`, where the list of layers says it; and MiniMax's

@@ -74,6 +74,17 @@ def write(model: ZooConfig) -> dict[str, Any]:
     }
 
 
+def bounded_below(model: ZooConfig) -> tuple[str, ...]:
+    """The note of families for which transformers takes `time_step_min`, about initial values, as a bound."""
+    found = {layer.name: layer.mixer.config.dt_min for layer in model.layers if layer.mixer.kind == "mamba2"}
+    bounded = {name: least for name, least in found.items() if least > 0}
+    if not bounded:
+        return ()
+    free = " ".join(f"--override blocks.{name}.mixer.dt_min=0" for name in bounded)
+    return (f"step sizes are at least {min(bounded.values())}, as transformers has it, which takes time_step_min for a "
+            f"bound; without: {free}",)  # fmt: skip
+
+
 FAMILY = Family(
     model_type="mamba2",
     model_class="Mamba2ForCausalLM",

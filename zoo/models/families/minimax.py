@@ -88,6 +88,9 @@ def notes(model: ZooConfig) -> tuple[str, ...]:
             override = f"--override blocks.softmax.mixer.rope.rotary_dim={config.head_dim // 4 * 2}"
             given.append(f"softmax layers rotate all {config.head_dim} dimensions, as transformers does; "
                          f"MiniMax-Text-01 was released with half of them: {override}")  # fmt: skip
+        if rope is not None and rope.rotary_dim != config.head_dim:
+            given.append(f"softmax layers rotate {rope.rotary_dim} of {config.head_dim} dimensions, as released; "
+                         "transformers' minimax rotates all of them")  # fmt: skip
     return tuple(given)
 
 

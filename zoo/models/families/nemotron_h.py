@@ -131,6 +131,7 @@ FAMILY = Family(
         }),
     },
     former={"backbone.": "model."},
+    notes=mamba2.bounded_below,
     beside=("mtp.",),
     immaterial=("num_logits_to_keep", "expand", "mamba_proj_bias", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap",
                 "num_nextn_predict_layers", "mtp_layers_block_type", "keep_mtp_spec_in_bf16", "rope_parameters",

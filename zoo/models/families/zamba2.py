@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from zoo.config import ZooConfig
 from zoo.models.families import parts
 from zoo.models.families.base import Family, Fields, Names, Rows
-from zoo.models.families.mamba2 import MIXER
+from zoo.models.families.mamba2 import MIXER, bounded_below
 from zoo.pattern import spell
 
 NORM_EPS = 1e-5  # of Mamba-2's own norm, whatever the model's
@@ -181,6 +181,7 @@ FAMILY = Family(
     layer={"mixer_norm.weight": "input_layernorm.weight"},
     blocks={"mamba2": parts.within("mamba", MIXER)},
     place=place,
+    notes=bounded_below,
     copies=lambda model: tuple(
         f"model.layers.{use.theirs}.shared_transformer." for use in uses(model) if use.theirs != use.owner
     ),
