@@ -6,6 +6,7 @@ from zoo.ops.dispatch import backend, backends
 from zoo.ops.explain import explain
 from zoo.ops.gated_rms_norm import gated_rms_norm
 from zoo.ops.infini_attention import infini_attention
+from zoo.ops.landmark_attention import landmark_attention
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.selective_scan import selective_scan
 from zoo.ops.softmax_attention import softmax_attention
@@ -18,6 +19,7 @@ __all__ = [
     "explain",
     "gated_rms_norm",
     "infini_attention",
+    "landmark_attention",
     "linear_attention",
     "selective_scan",
     "softmax_attention",

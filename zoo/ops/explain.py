@@ -13,19 +13,28 @@ from zoo.ops.causal_conv1d import causal_conv1d
 from zoo.ops.delta_rule import delta_rule
 from zoo.ops.gated_rms_norm import gated_rms_norm
 from zoo.ops.infini_attention import infini_attention
+from zoo.ops.landmark_attention import landmark_attention
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.selective_scan import selective_scan
 from zoo.ops.softmax_attention import softmax_attention
 
 OPS: dict[str, Callable[..., Any]] = {
     op.__name__: op
-    for op in (causal_conv1d, delta_rule, gated_rms_norm, linear_attention, selective_scan, softmax_attention)
+    for op in (
+        causal_conv1d,
+        delta_rule,
+        gated_rms_norm,
+        landmark_attention,
+        linear_attention,
+        selective_scan,
+        softmax_attention,
+    )
 } | {"infini_attention": partial(infini_attention, segment=2048)}  # the choice does not depend on it
 # Arguments whose dtype is not that of the rest.
 DTYPES = {
     **dict.fromkeys(("A", "D", "beta", "log_decay", "initial_state"), torch.float32),
     "cu_seqlens": torch.int32,
-    "key_mask": torch.bool,
+    **dict.fromkeys(("is_landmark", "key_mask"), torch.bool),
 }
 
 

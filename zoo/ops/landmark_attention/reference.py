@@ -1,0 +1,52 @@
+"""Landmark attention, one query at a time over the keys it may see. Everything else is compared with this."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo.ops.dispatch import implements
+
+
+@implements("landmark_attention", "reference")
+def landmark_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_landmark: Tensor,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+) -> Tensor:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    batch, length, heads, _ = q.shape
+    key_length, kv_heads = k.shape[1:3]
+    bounds = [0, key_length] if cu_seqlens is None else cu_seqlens.tolist()
+    document = [i for i in range(len(bounds) - 1) for _ in range(bounds[i], bounds[i + 1])]
+    is_real = torch.ones_like(is_landmark) if key_mask is None else key_mask
+    grouped = q.to(dtype).unflatten(2, (kv_heads, heads // kv_heads))
+    k, v = k.to(dtype), v.to(dtype)
+    outs = []
+    for row, (real, landmark) in enumerate(zip(is_real.tolist(), is_landmark.tolist(), strict=True)):
+        for query in range(length):
+            own = key_length - length + query
+            if not real[own]:
+                outs.append(v.new_zeros(kv_heads, heads // kv_heads, v.shape[3]))
+                continue
+            blocks: list[tuple[list[int], int]] = []  # earlier ones: their ordinary keys and their landmark
+            block: list[int] = []
+            for key in range(bounds[document[own]], own + 1):
+                if real[key] and not landmark[key]:
+                    block.append(key)
+                elif real[key] and key < own:
+                    blocks += [(block, key)] if block else []
+                    block = []
+            keys = [key for ordinary, key in blocks] + [key for ordinary, _ in blocks for key in ordinary] + block
+            logits = scale * grouped[row, query] @ k[row, keys].permute(1, 2, 0)
+            landmarks, *inside, present = logits.split(
+                [len(blocks), *(len(each) for each, _ in blocks), len(block)], -1
+            )
+            p, p_present = torch.cat([landmarks, present], -1).softmax(-1).split([len(blocks), len(block)], -1)
+            shared = [p[..., i, None] * each.softmax(-1) for i, each in enumerate(inside)]
+            outs.append(torch.cat([*shared, p_present], -1) @ v[row, keys[len(blocks) :]].transpose(0, 1))
+    return torch.stack(outs).view(batch, length, heads, v.shape[3]).to(q.dtype)
