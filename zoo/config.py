@@ -167,6 +167,15 @@ class ZooConfig(PreTrainedConfig):
         """The norm of the model's own places (the final norm, norms inside mixers)."""
         return self._norm
 
+    @property
+    def landmark_block(self) -> int | None:
+        """After how many tokens the model puts a landmark token; None without landmark mixers."""
+        return next((size for layer in self.layers for size in layer.mixer.config.landmark_blocks()), None)
+
+    def stream_length(self, length: int) -> int:
+        """How many tokens the layers see of `length`: those, and the landmarks among them."""
+        return length if self.landmark_block is None else length + length // self.landmark_block
+
     def to_mapping(self) -> dict[str, Any]:
         """The plain model-file mapping, without fields left at null."""
         values = {name: getattr(self, name) for name in FIELDS}
@@ -313,7 +322,19 @@ def _resolve(mapping: Mapping[str, Any], model: ZooConfig) -> tuple[tuple[Layer,
             raise FieldError("pattern", f"unknown block {shown(name)}; {nearest(name, blocks)}")
     if blocks[names[0]].residual.needs_earlier:
         raise FieldError("pattern", f"begins with {names[0]!r}, whose residual needs a layer below; put one before it")
+    _check_landmarks(blocks, names)
     return tuple(blocks[name] for name in names), norm
+
+
+def _check_landmarks(blocks: dict[str, Layer], names: list[str]) -> None:
+    """All landmark mixers share the landmark tokens of the one stream."""
+    first: tuple[str, int] | None = None
+    for name in dict.fromkeys(names):
+        for size in sorted(blocks[name].mixer.config.landmark_blocks()):
+            first = first or (name, size)
+            if size != first[1]:
+                problem = f"must be {first[1]}, as in {join('blocks', first[0])}: all landmark mixers of a model share one"
+                raise FieldError(join(join("blocks", name), "mixer.block_size"), f"{problem}; got {size}")
 
 
 def _is_block_name(name: object) -> bool:

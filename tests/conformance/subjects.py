@@ -54,6 +54,10 @@ MLA_GATED = {**MLA, "q_lora_rank": None, "output_gate": True}
 INFINI = {"kind": "infini", "num_heads": 4, "num_kv_heads": 2, "segment": 9, "rope": PARTIAL_ROPE}
 INFINI_DELTA = {**INFINI, "update": "delta", "segment": 4}
 INFINI_NO_ROPE = {"kind": "infini", "num_heads": 2, "head_dim": 12, "rope": None, "segment": 6}
+LANDMARK = {"kind": "landmark", "num_heads": 4, "block_size": 4}
+LANDMARK_GQA = {"kind": "landmark", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "rope": None, "block_size": 5}
+# As many blocks as any of these texts has: reading all of them is the same as a full forward.
+LANDMARK_RETRIEVAL = {**LANDMARK, "num_kv_heads": 2, "top_k": 90, "rope": PARTIAL_ROPE}
 LIGHTNING = {"kind": "lightning", "num_heads": 4}
 MAMBA = {"kind": "mamba", "state_size": 4}
 JAMBA = {"kind": "mamba", "state_size": 4, "conv_kernel": 3, "inner_norms": True, "bias": True, "conv_bias": False}
@@ -121,6 +125,9 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "infini": _alone(INFINI, MLP),
     "infini-delta": _alone(INFINI_DELTA, MLP),
     "infini-no-rope": _alone(INFINI_NO_ROPE, MLP),
+    "landmark": _alone(LANDMARK, MLP),
+    "landmark-gqa": _alone(LANDMARK_GQA, MLP),
+    "landmark-retrieval": _alone(LANDMARK_RETRIEVAL, MLP),
     "lightning": _alone(LIGHTNING, SHARED_MOE),
     "mamba": _alone(MAMBA, RELU2),
     "mamba-inner-norms": _alone(JAMBA, MLP),
@@ -174,6 +181,19 @@ SUBJECTS: dict[str, dict[str, Any]] = {
             "plain": {"mixer": LIGHTNING, "ffn": MOE, "shared": True},
             "adapted": {"mixer": MAMBA2, "ffn": GELU, "residual": {"kind": "skip"}, "shared": {"mixer_adapter": 2}},
         },
+    ),
+    "landmarks-everywhere": _stack(
+        "attention window mamba landmark lightning mamba2 beside",
+        {
+            "attention": {"mixer": GQA, "ffn": MLP},
+            "window": {"mixer": WINDOW, "ffn": MOE},
+            "mamba": {"mixer": MAMBA},
+            "landmark": {"mixer": LANDMARK, "ffn": MLP},
+            "lightning": {"mixer": LIGHTNING},
+            "mamba2": {"mixer": MAMBA2},
+            "beside": {"mixer": {"kind": "parallel", "branches": [LIGHTNING, LANDMARK_RETRIEVAL]}, "ffn": MLP},
+        },
+        embedding_scale=1.7,
     ),
     "all-pre": _stack(
         ALL_PATTERN, ALL_KINDS, norm={"kind": "layer"}, residual={"kind": "pre", "mixer_scale": 0.6, "ffn_scale": 1.4}

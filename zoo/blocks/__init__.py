@@ -6,6 +6,7 @@ from zoo.blocks.context import SequenceContext
 from zoo.blocks.gated_delta import GatedDelta, GatedDeltaConfig
 from zoo.blocks.infini import Infini, InfiniConfig
 from zoo.blocks.kda import KDA, KDAConfig
+from zoo.blocks.landmark import Landmark, LandmarkConfig
 from zoo.blocks.lightning import Lightning, LightningConfig
 from zoo.blocks.mamba import Mamba, MambaConfig
 from zoo.blocks.mamba2 import Mamba2, Mamba2Config
@@ -38,6 +39,7 @@ register("attention", AttentionConfig, Attention)
 register("gated_delta", GatedDeltaConfig, GatedDelta)
 register("infini", InfiniConfig, Infini)
 register("kda", KDAConfig, KDA)
+register("landmark", LandmarkConfig, Landmark)
 register("lightning", LightningConfig, Lightning)
 register("mamba", MambaConfig, Mamba)
 register("mamba2", Mamba2Config, Mamba2)

@@ -35,6 +35,10 @@ class MixerConfig:
         """
         return self
 
+    def landmark_blocks(self) -> set[int]:
+        """After how many tokens it needs a landmark token in the stream; empty for a mixer that needs none."""
+        return set()
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardConfig:

@@ -63,7 +63,7 @@ class SequenceContext:
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, batch, length)
         if position_ids is None:
-            position_ids = cls._positions(x, padding_mask, cu_seqlens, seen)
+            position_ids = cls.positions(x, padding_mask, cu_seqlens, seen)
         elif position_ids.shape not in ((batch, length), (1, length)):
             shapes = f"{[batch, length]} or {[1, length]}"
             raise ValueError(f"position_ids must be {shapes}, got {list(position_ids.shape)}")
@@ -77,7 +77,10 @@ class SequenceContext:
         return cls(position_ids, padding_mask, None, real_tokens, row_offsets)
 
     @staticmethod
-    def _positions(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, seen: Tensor | None) -> Tensor:
+    def positions(
+        x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, seen: Tensor | None = None
+    ) -> Tensor:
+        """`[batch, length]`, counted over the real tokens of x `[batch, length, ...]`, as `of` derives them."""
         batch, length = x.shape[:2]
         if mask is not None:
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)

@@ -57,6 +57,9 @@ class ParallelConfig(MixerConfig):
             output_scales=self._scales("output_scales"),
         )
 
+    def landmark_blocks(self) -> set[int]:
+        return set().union(*(branch.config.landmark_blocks() for branch in self.branches))
+
     def _scales(self, name: str) -> list[float]:
         given: list[float] | None = getattr(self, name)
         if given is not None and len(given) != len(self.branches):

@@ -27,6 +27,7 @@ from zoo.blocks.rope import RotaryEmbedding
 from zoo.config import Layer, ZooConfig
 from zoo.models.cache import ZooCache
 from zoo.models.decoder import Block, build_layer
+from zoo.models.landmarks import LandmarkToken, take_out
 from zoo.models.loss import IGNORE_INDEX, linear_cross_entropy, router_loss
 
 
@@ -89,6 +90,10 @@ class ZooModel(ZooPreTrainedModel):
     def __init__(self, config: ZooConfig) -> None:
         super().__init__(config)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, std=config.initializer_range)
+        block_size = config.landmark_block
+        self.landmark = (
+            None if block_size is None else LandmarkToken(config.hidden_size, block_size, config.initializer_range)
+        )
         blocks: dict[str, Block] = {}
         self.layers = nn.ModuleList(build_layer(layer, config, i, blocks) for i, layer in enumerate(config.layers))
         self.shared = nn.ModuleList(blocks.values())  # in the order of their first use
@@ -114,8 +119,6 @@ class ZooModel(ZooPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.config.embedding_scale != 1:
-            x = x * self.config.embedding_scale
         batch, length = x.shape[:2]
         if past_key_values is None and use_cache:
             past_key_values = self.new_cache(batch, x.device, x.dtype)
@@ -136,14 +139,20 @@ class ZooModel(ZooPreTrainedModel):
                 f"the cache was begun within {self.switches[0]} tokens, beyond which LongRoPE turns all of them "
                 "otherwise; give the whole sequence, and no cache"
             )
+        seen = None if past_key_values is None else past_key_values.seen
         context = SequenceContext.of(
             x,
             position_ids=position_ids,
             # transformers passes the mask of the whole sequence; the states remember the part that is past.
             padding_mask=None if attention_mask is None else attention_mask[:, -length:],
             cu_seqlens=cu_seqlens,
-            seen=None if past_key_values is None else past_key_values.seen,
+            seen=seen,
         )
+        mask, columns = context.padding_mask, None
+        if self.landmark is not None:
+            x, context, columns = self.landmark.put_in(x, context, seen)
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
         states = [None] * len(self.layers) if past_key_values is None else past_key_values.layers
         hidden_states, statistics = [x], []
         embeddings = earlier = x
@@ -156,12 +165,14 @@ class ZooModel(ZooPreTrainedModel):
                 hidden_states.append(x)
         x = self.norm(x)
         if past_key_values is not None:
-            mask = context.padding_mask
             past_key_values.advance(length if mask is None else mask.sum(1), length)
+        every = (*hidden_states[:-1], x) if output_hidden_states else (x,)
+        if columns is not None:
+            every = tuple(take_out(each, columns) for each in every)
         return ZooModelOutput(
-            last_hidden_state=x,
+            last_hidden_state=every[-1],
             past_key_values=past_key_values,
-            hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
+            hidden_states=every if output_hidden_states else None,
             router_statistics=tuple(statistics),
         )
 
@@ -169,7 +180,10 @@ class ZooModel(ZooPreTrainedModel):
         """Whether a row of `cache`, `length` tokens on, is longer than what its states were made for."""
         new = length if attention_mask is None else attention_mask[:, -length:].sum(1)
         # A first token stands at position 0, which never turns.
-        crosses = [(cache.seen > 1) & (cache.seen <= switch) & (cache.seen + new > switch) for switch in self.switches]
+        before, after = cache.seen, cache.seen + new
+        if self.landmark is not None:
+            before, after = self.landmark.in_stream(before), self.landmark.in_stream(after)
+        crosses = [(cache.seen > 1) & (before <= switch) & (after > switch) for switch in self.switches]
         return any(bool(each.any()) for each in crosses)
 
     def new_cache(self, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> ZooCache:
@@ -295,10 +309,12 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
     def flops(self, batch: int, length: int) -> int:
         """Matrix-multiply FLOPs of one forward pass with logits; a training step takes three times as many."""
         head = 2 * batch * length * self.lm_head.weight.numel()
+        length = self.config.stream_length(length)
         return head + sum(layer.flops(batch, length) for layer in self.model.layers)
 
     def state_bytes(self, batch: int, length: int) -> int:
         """Bytes of the cache after `length` tokens."""
+        length = self.config.stream_length(length)
         mixers = [layer.mixer for layer in self.model.layers if layer.mixer is not None]
         return sum(mixer.state_bytes(batch, length) for mixer in mixers)
 

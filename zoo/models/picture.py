@@ -15,6 +15,7 @@ COLOURS = {
     "gated_delta": "#d4526e",
     "infini": "#c98bdb",
     "kda": "#8f2d56",
+    "landmark": "#c9a227",
     "lightning": "#2f6fde",
     "mamba": "#2a9d78",
     "mamba2": "#7b4bd0",

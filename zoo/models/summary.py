@@ -105,7 +105,7 @@ def summarize(config: ZooConfig, length: int) -> Summary:
     """
     layers = {layer.name: layer for layer in config.layers}
     try:
-        costs = {name: _block_cost(layer, config, length) for name, layer in layers.items()}
+        costs = {name: _block_cost(layer, config, config.stream_length(length)) for name, layer in layers.items()}
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise
@@ -114,6 +114,7 @@ def summarize(config: ZooConfig, length: int) -> Summary:
         norm = sum(p.numel() for p in Norm(config.hidden_size, config.norm_config).parameters())
     matrix = config.vocab_size * config.hidden_size
     params = norm + (matrix if config.tie_word_embeddings else 2 * matrix)
+    params += 0 if config.landmark_block is None else config.hidden_size
     # Kept for the backward pass: the last layer's output, the final norm's output, and its gradient.
     blocks = {name: layer for name, (layer, _) in costs.items()}
     shared = {name: weights for name, (_, weights) in costs.items() if weights is not None}
@@ -142,7 +143,7 @@ def _block_cost(layer: Layer, config: ZooConfig, length: int) -> tuple[Cost, Cos
         active_params=own if blocks else own - idle,
         flops=module.flops(1, length),
         state_bytes=module.mixer.state_bytes(1, length) if module.mixer is not None else 0,
-        activation_bytes=saved_bytes / PROBE_TOKENS,
+        activation_bytes=saved_bytes * config.stream_length(PROBE_TOKENS) / PROBE_TOKENS**2,
     )
     return cost, Cost(common, common - idle, 0, 0, 0) if blocks else None
 
