@@ -170,7 +170,7 @@ class ZooConfig(PreTrainedConfig):
     @property
     def landmark_block(self) -> int | None:
         """After how many tokens the model puts a landmark token; None without landmark mixers."""
-        return next((size for layer in self.layers for size in layer.mixer.config.landmark_blocks()), None)
+        return next((size for layer in self.layers for size in layer.mixer.config.landmark_blocks().values()), None)
 
     def stream_length(self, length: int) -> int:
         """How many tokens the layers see of `length`: those, and the landmarks among them."""
@@ -330,11 +330,12 @@ def _check_landmarks(blocks: dict[str, Layer], names: list[str]) -> None:
     """All landmark mixers share the landmark tokens of the one stream."""
     first: tuple[str, int] | None = None
     for name in dict.fromkeys(names):
-        for size in sorted(blocks[name].mixer.config.landmark_blocks()):
-            first = first or (name, size)
+        for field, size in blocks[name].mixer.config.landmark_blocks().items():
+            path = join(join("blocks", name), f"mixer.{field}")
+            first = first or (path, size)
             if size != first[1]:
-                problem = f"must be {first[1]}, as in {join('blocks', first[0])}: all landmark mixers of a model share one"
-                raise FieldError(join(join("blocks", name), "mixer.block_size"), f"{problem}; got {size}")
+                problem = f"must be {first[1]}, as {first[0]}: all landmark mixers of a model share one; got {size}"
+                raise FieldError(path, problem)
 
 
 def _is_block_name(name: object) -> bool:

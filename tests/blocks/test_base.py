@@ -11,6 +11,7 @@ from zoo.blocks import SequenceContext
 MIXERS = {
     "attention": {"kind": "attention", "num_heads": 2, "qk_norm": True, "bias": True},
     "infini": {"kind": "infini", "num_heads": 2, "segment": 4, "update": "delta"},
+    "landmark": {"kind": "landmark", "num_heads": 2, "block_size": 3},
     "lightning": {"kind": "lightning", "num_heads": 2},
     "mla": {
         "kind": "mla", "num_heads": 2, "q_lora_rank": 6, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "v_head_dim": 4,
@@ -81,6 +82,7 @@ def test_rates_stay_float32_when_the_rest_is_cast(role, name, cast):
     assert rates == {
         "attention": {"rotary.inv_freq"},
         "infini": {"gate", "rotary.inv_freq"},
+        "landmark": {"rotary.inv_freq"},
         "lightning": {"log_decay"},
         "mla": {"rotary.inv_freq"},
         "mamba": {"A_log", "D", "dt_bias"},

@@ -40,8 +40,11 @@ PARTS = {
 # Cells that are not run, each with its reason: (invariant, subject or "*").
 GAPS = {
     ("parallel", "*"): "context parallelism (zoo/parallel) is not built yet",
-    ("precision", "landmark-retrieval"): "16,384 tokens have more blocks than its top_k, so that a state reads less than "
-    "a full forward by design; `landmark` is the same computation in bfloat16",
+    (
+        "precision",
+        "landmark-retrieval",
+    ): "16,384 tokens have more blocks than its top_k, so that a state reads less than "
+    "a full forward by design; bfloat16 is in tests/blocks/test_landmark.py",
     **{
         ("compile", subject): "its mixers, feed-forwards, norms and residual are all in rows above"
         for subject in SUBJECTS

@@ -191,7 +191,10 @@ SUBJECTS: dict[str, dict[str, Any]] = {
             "landmark": {"mixer": LANDMARK, "ffn": MLP},
             "lightning": {"mixer": LIGHTNING},
             "mamba2": {"mixer": MAMBA2},
-            "beside": {"mixer": {"kind": "parallel", "branches": [LIGHTNING, LANDMARK_RETRIEVAL]}, "ffn": MLP},
+            "beside": {
+                "mixer": {"kind": "parallel", "branches": [LIGHTNING, {**LANDMARK_GQA, "block_size": 4}]},
+                "ffn": MLP,
+            },
         },
         embedding_scale=1.7,
     ),

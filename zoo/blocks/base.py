@@ -35,9 +35,10 @@ class MixerConfig:
         """
         return self
 
-    def landmark_blocks(self) -> set[int]:
-        """After how many tokens it needs a landmark token in the stream; empty for a mixer that needs none."""
-        return set()
+    def landmark_blocks(self) -> dict[str, int]:
+        """After how many tokens it needs a landmark token in the stream, by the field that says so; empty for a mixer
+        that needs none."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,16 @@
 """Landmark attention: blocks of tokens, each found through one token behind it (Mohtashami and Jaggi 2023,
 arXiv:2305.16300, section 3).
 
-The model puts a landmark token after every M tokens of its stream (zoo/models/landmarks.py). Query t, in block c, has one
-softmax over its own block's tokens and the landmarks of the blocks before, and shares what a landmark gets among that
-block's tokens:
+The model puts a landmark token after every M tokens of its stream (zoo/models/landmarks.py). Query t, in block c, has
+one softmax over its own block's tokens and the landmarks of the blocks before, and shares what a landmark gets among
+that block's tokens:
 
     p = softmax(s_j : j <= t in block c, or j the landmark of a block b < c)          s_j = q_t . k_j / sqrt(D)
     o_t = sum_{j in c} p_j v_j + sum_{b < c} p_landmark(b) sum_{j in b} softmax_b(s)_j v_j            y = W_o (o)
 
 With top_k, a query that continues a state has only the top_k landmarks of the highest s in its softmax, chosen by every
-head for itself, and reads no other block (section 3.2). Positions are then stingy (section 3.2.1): the last top_k blocks
-keep their distance, all older ones stand right before them, in one place. With i the place of a token within its block,
+head for itself, and reads no other block. Positions are then stingy: the last top_k blocks keep their distance, all
+older ones stand right before them, in one place. With i the place of a token within its block,
 
     q_t stands (M + 1) min(c - b, top_k + 1) + i_t - i_j behind k_j
 
@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo import ops
@@ -78,8 +79,8 @@ class LandmarkConfig(MixerConfig):
                 raise error.within("rope") from None
         return replace(self, head_dim=head_dim, num_kv_heads=num_kv_heads, rope=rope)
 
-    def landmark_blocks(self) -> set[int]:
-        return {self.block_size}
+    def landmark_blocks(self) -> dict[str, int]:
+        return {"block_size": self.block_size}
 
 
 class Landmark(Mixer):
@@ -131,8 +132,8 @@ class Landmark(Mixer):
         landmarks = keys[rows, columns[:, block_size :: self.period]].to(torch.promote_types(q.dtype, torch.float32))
         read = len(q) * self.num_heads * min(self.config.top_k, landmarks.shape[1]) * block_size * self.head_dim
         size = max(1, MAX_RETRIEVED // max(1, read))
-        tiles = (x.split(size, 1) for x in (q, rank))
-        outs = [self._read(*tile, keys, values, landmarks, columns) for tile in zip(*tiles, strict=True)]
+        tiles = zip(q.split(size, 1), rank.split(size, 1), strict=True)
+        outs = [self._read(q_tile, rank_tile, keys, values, landmarks, columns) for q_tile, rank_tile in tiles]
         return torch.cat(outs, 1).to(q.dtype)
 
     def _read(
@@ -156,10 +157,9 @@ class Landmark(Mixer):
         scores = torch.einsum("btkgd,bnkd->btkgn", turned[:, :, far], landmarks)
         before = block[..., None] - distances[1:far]
         rows = torch.arange(batch, device=device).view(-1, 1, 1)
-        near = landmarks[rows, before.clamp(min=0)] if count else landmarks.new_zeros(*before.shape, *landmarks.shape[2:])
-        near = torch.einsum("btekgd,btekd->btkge", turned[:, :, 1:far], near)
+        near = torch.einsum("btekgd,btekd->btkge", turned[:, :, 1:far], landmarks[rows, before.clamp(min=0)])
         index = (before + far)[:, :, None, None].expand_as(near)
-        scores = torch.nn.functional.pad(scores, (far, 0)).scatter(-1, index, near)[..., far:]
+        scores = F.pad(scores, (far, 0)).scatter(-1, index, near)[..., far:]
         later = torch.arange(count, device=device) >= block[..., None]
         scores = scores.masked_fill(later[:, :, None, None], -torch.inf)
         scores, chosen = scores.topk(min(self.config.top_k, count), -1)  # [B, T, K, G, R]

@@ -57,8 +57,12 @@ class ParallelConfig(MixerConfig):
             output_scales=self._scales("output_scales"),
         )
 
-    def landmark_blocks(self) -> set[int]:
-        return set().union(*(branch.config.landmark_blocks() for branch in self.branches))
+    def landmark_blocks(self) -> dict[str, int]:
+        return {
+            f"branches[{i}].{name}": size
+            for i, branch in enumerate(self.branches)
+            for name, size in branch.config.landmark_blocks().items()
+        }
 
     def _scales(self, name: str) -> list[float]:
         given: list[float] | None = getattr(self, name)

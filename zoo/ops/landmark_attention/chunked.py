@@ -8,7 +8,8 @@ log-sum-exp over the keys up to the query,
 for an own key's share of the one softmax is exp(s_j) / Z = (exp(L_b) / Z) a_j. The backward computes P again and keeps
 nothing of the length squared. With dP = dO V^T, e_b = sum_{j in b} P_j dP_j and D = sum_b e_b,
 
-    dV = P^T dO,   ds_j = P_j (dP_j - c_b),   c_b = e_b / pi_b of an earlier block, D of the own;   ds_landmark(b) = e_b - pi_b D
+    dV = P^T dO,   ds_j = P_j (dP_j - c_b),   c_b = e_b / pi_b of an earlier block, D of the own
+    ds_landmark(b) = e_b - pi_b D
 
 Ordinary keys are laid out in pieces of equal width, a long block in several, a short one with empty slots: whatever the
 sizes of the blocks, at most about twice as many slots as keys.
