@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain, pairwise
+
 import pytest
 import torch
 
@@ -82,8 +84,8 @@ def test_documents_count_from_their_own_start():
     cu_seqlens = torch.tensor([0, 0, 2, 5, 6, 6, 13], dtype=torch.int32)
     ids = torch.arange(1, 14)[None]
     rows, back, context = put_in(ids, 3, cu_seqlens=cu_seqlens)
-    documents = [ids[0, a:b].tolist() for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
-    assert rows == [sum(by_hand(documents, 3, [0] * 6), [])]
+    documents = [ids[0, start:stop].tolist() for start, stop in pairwise(cu_seqlens)]
+    assert rows == [list(chain.from_iterable(by_hand(documents, 3, [0] * 6)))]
     assert context.cu_seqlens.tolist() == [0, 0, 2, 6, 7, 7, 16] and context.cu_seqlens.dtype == torch.int32
     assert torch.equal(back, ids)
 
@@ -132,12 +134,11 @@ def test_without_landmark_mixers_there_is_no_landmark():
 def test_all_landmark_mixers_share_one_block_size():
     other = {"mixer": {**LANDMARK, "block_size": 4}}
     beside = {"mixer": {"kind": "parallel", "branches": [LIGHTNING, {**LANDMARK, "block_size": 4}]}}
-    for block in (other, beside):
+    for block, path in ((other, "block_size"), (beside, r"branches\[1\].block_size")):
         mapping = config(pattern="lightning landmark other")
         mapping["blocks"]["other"] = block
-        with pytest.raises(
-            ConfigError, match=r"blocks.other.mixer.*block_size: must be 3, as in blocks.landmark.*got 4"
-        ):
+        message = rf"^blocks.other.mixer.{path}: must be 3, as blocks.landmark.mixer.block_size.*got 4$"
+        with pytest.raises(ConfigError, match=message):
             load_config(mapping)
         mapping["pattern"] = "lightning other"  # one that is not used does not count
         assert load_config(mapping).landmark_block == 4
