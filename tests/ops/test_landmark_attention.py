@@ -222,14 +222,15 @@ def test_a_landmark_without_a_block_stands_for_nothing(name: str) -> None:
     assert not out[:, :2].any() and torch.allclose(out[:, kept], expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_logits_of_any_size(dtype: torch.dtype) -> None:
-    """A block whose logits are far below another's still has a softmax within."""
+def test_logits_of_any_size() -> None:
+    """A block whose logits are a thousand below another's still has a softmax within."""
     q, k, v = make(1, 100, 100)
     q[..., 0], k[:, :40, :, 0], k[:, 60:, :, 0] = 1.0, -3000.0, 3000.0
-    check([q, k, v], every(9, 1, 100), torch.float64)
-    out = run("torch", [q, k, v], every(9, 1, 100), dtype)
-    assert all(x.isfinite().all() for x in out)
+    k[:, 9::10, :, 0] = 0.0  # the landmarks do not tell
+    expected = run("reference", [q, k, v], every(9, 1, 100), torch.float64)
+    for x, y in zip(run("torch", [q, k, v], every(9, 1, 100), torch.float64), expected, strict=True):
+        assert relative_error(x, y) < 1e-9
+    assert all(x.isfinite().all() for x in run("torch", [q, k, v], every(9, 1, 100), torch.float32))
 
 
 def test_gradcheck() -> None:
