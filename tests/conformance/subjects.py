@@ -88,6 +88,20 @@ GATED_DELTA_GROUPS = {
 KDA = {"kind": "kda", "num_heads": 2, "head_dim": 8, "conv_kernel": 3}
 KDA_BOUNDED = {**KDA, "low_rank": False, "lower_bound": -5.0}
 
+HIERARCHICAL = {
+    "kind": "hierarchical", "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "rope": PARTIAL_ROPE, "window": 5,
+    "compress_block": 4, "compress_stride": 2, "select_block": 8, "top_n": 4,
+}  # fmt: skip
+HIERARCHICAL_MEAN = {
+    **HIERARCHICAL, "num_kv_heads": 4, "rope": None, "compress": "mean", "compress_block": 3, "compress_stride": 3,
+    "select_block": 6, "top_n": 3, "local_blocks": 1,
+}  # fmt: skip
+HIERARCHICAL_STRIDE = {**HIERARCHICAL, "window": None, "compress": "stride", "select_block": 2, "first_blocks": 0}
+MOBA = {
+    "kind": "hierarchical", "num_heads": 4, "window": None, "compress": None, "select_block": 4, "top_n": 3,
+    "first_blocks": 0, "local_blocks": 1,
+}  # fmt: skip
+
 
 def _stack(pattern: str, blocks: dict[str, dict], **fields: Any) -> dict[str, Any]:
     return {"vocab_size": VOCAB_SIZE, "hidden_size": HIDDEN_SIZE, "blocks": blocks, "pattern": pattern, **fields}
@@ -147,6 +161,10 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "gated-delta-groups": _alone(GATED_DELTA_GROUPS, SHARED_MOE),
     "kda": _alone(KDA, MLP),
     "kda-bounded": _alone(KDA_BOUNDED, MLP),
+    "hierarchical": _alone(HIERARCHICAL, MLP),
+    "hierarchical-mean": _alone(HIERARCHICAL_MEAN, MLP),
+    "hierarchical-stride": _alone(HIERARCHICAL_STRIDE, MLP),
+    "hierarchical-moba": _alone(MOBA, MLP),
     "minimax": _stack(
         "lightning*2 softmax",
         {"lightning": {"mixer": LIGHTNING}, "softmax": {"mixer": GQA}},

@@ -9,6 +9,7 @@ from tests.conformance.subjects import SUBJECTS
 from zoo import ops
 from zoo.blocks.attention import Attention
 from zoo.blocks.gated_delta import GatedDelta
+from zoo.blocks.hierarchical import Hierarchical
 from zoo.blocks.infini import Infini
 from zoo.blocks.kda import KDA
 from zoo.blocks.landmark import Landmark
@@ -24,7 +25,7 @@ BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4}
 def compared(subject: str) -> list[tuple[str, torch.dtype]]:
     """Backends and dtypes. The kernels have no float64; these mixers' ops have no kernels."""
     modules = {type(module) for module in zoo.build(SUBJECTS[subject], device="meta").modules()}
-    kernels = [] if modules & {Attention, MLA, GatedDelta, KDA, Infini, Landmark} else [("triton", torch.float32)]
+    kernels = [] if modules & {Attention, MLA, GatedDelta, KDA, Hierarchical, Infini, Landmark} else [("triton", torch.float32)]
     return [("torch", torch.float64), ("torch", torch.float32), *kernels]
 
 

@@ -8,6 +8,12 @@ from zoo.ops import dispatch, measured
 from zoo.ops.explain import OPS
 
 SHAPES = {
+    "block_sparse_attention": {
+        "q": (1, 4096, 4, 64),
+        "k": (1, 4096, 2, 64),
+        "v": (1, 4096, 2, 64),
+        "block_indices": (1, 4096, 2, 16),
+    },
     "causal_conv1d": {"x": (1, 4096, 64), "weight": (64, 4)},
     "delta_rule": {"q": (1, 4096, 2, 64), "k": (1, 4096, 2, 64), "v": (1, 4096, 4, 64), "beta": (1, 4096, 4)},
     "gated_rms_norm": {"x": (1, 4096, 64), "gate": (1, 4096, 64), "weight": (64,)},
@@ -18,7 +24,15 @@ SHAPES = {
         "v": (1, 4096, 2, 64),
         "is_landmark": (1, 4096),
     },
+    "interval_attention": {
+        "q": (1, 4096, 4, 64),
+        "k": (1, 255, 2, 64),
+        "v": (1, 255, 2, 64),
+        "first": (1, 4096),
+        "stop": (1, 4096),
+    },
     "linear_attention": {"q": (1, 4096, 2, 64), "k": (1, 4096, 2, 64), "v": (1, 4096, 4, 64), "log_decay": (4,)},
+    "select_blocks": {"q": (1, 4096, 4, 64), "k": (1, 255, 2, 64), "first": (1, 4096), "position": (1, 4096)},
     "selective_scan": {
         "u": (1, 4096, 64),
         "delta": (1, 4096, 64),

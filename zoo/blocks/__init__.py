@@ -5,6 +5,7 @@ from zoo.blocks.base import FeedForward, FeedForwardConfig, Mixer, MixerConfig, 
 from zoo.blocks.context import SequenceContext
 from zoo.blocks.gated_delta import GatedDelta, GatedDeltaConfig
 from zoo.blocks.infini import Infini, InfiniConfig
+from zoo.blocks.hierarchical import Hierarchical, HierarchicalConfig
 from zoo.blocks.kda import KDA, KDAConfig
 from zoo.blocks.landmark import Landmark, LandmarkConfig
 from zoo.blocks.lightning import Lightning, LightningConfig
@@ -38,6 +39,7 @@ __all__ = [
 register("attention", AttentionConfig, Attention)
 register("gated_delta", GatedDeltaConfig, GatedDelta)
 register("infini", InfiniConfig, Infini)
+register("hierarchical", HierarchicalConfig, Hierarchical)
 register("kda", KDAConfig, KDA)
 register("landmark", LandmarkConfig, Landmark)
 register("lightning", LightningConfig, Lightning)

@@ -14,6 +14,7 @@ COLOURS = {
     "attention": "#e07a2c",
     "gated_delta": "#d4526e",
     "infini": "#c98bdb",
+    "hierarchical": "#c2185b",
     "kda": "#8f2d56",
     "landmark": "#c9a227",
     "lightning": "#2f6fde",

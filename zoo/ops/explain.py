@@ -9,12 +9,15 @@ from typing import Any
 import torch
 
 from zoo.ops import dispatch
+from zoo.ops.block_sparse_attention import block_sparse_attention
 from zoo.ops.causal_conv1d import causal_conv1d
 from zoo.ops.delta_rule import delta_rule
 from zoo.ops.gated_rms_norm import gated_rms_norm
 from zoo.ops.infini_attention import infini_attention
 from zoo.ops.landmark_attention import landmark_attention
+from zoo.ops.interval_attention import interval_attention
 from zoo.ops.linear_attention import linear_attention
+from zoo.ops.select_blocks import select_blocks
 from zoo.ops.selective_scan import selective_scan
 from zoo.ops.softmax_attention import softmax_attention
 
@@ -25,16 +28,22 @@ OPS: dict[str, Callable[..., Any]] = {
         delta_rule,
         gated_rms_norm,
         landmark_attention,
+        interval_attention,
         linear_attention,
         selective_scan,
         softmax_attention,
     )
-} | {"infini_attention": partial(infini_attention, segment=2048)}  # the choice does not depend on it
+}
+# Numbers that they need, and on which the choice does not depend.
+OPS["infini_attention"] = partial(infini_attention, segment=2048)
+OPS["block_sparse_attention"] = partial(block_sparse_attention, block_size=64)
+OPS["select_blocks"] = partial(select_blocks, compress_block=32, compress_stride=16, select_block=64, top_n=16)
 # Arguments whose dtype is not that of the rest.
 DTYPES = {
     **dict.fromkeys(("A", "D", "beta", "log_decay", "initial_state"), torch.float32),
     "cu_seqlens": torch.int32,
     **dict.fromkeys(("is_landmark", "key_mask"), torch.bool),
+    **dict.fromkeys(("block_indices", "first", "position", "stop"), torch.int64),
 }
 
 
