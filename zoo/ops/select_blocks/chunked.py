@@ -26,7 +26,7 @@ def _select_blocks(
 ) -> Tensor:
     batch, length = q.shape[:2]
     chosen = torch.full((batch, length, k.shape[2], top_n), -1, device=q.device)
-    visible = ((position - compress_block + compress_stride) // compress_stride).clamp(min=0)
+    visible = ((position + 1 - compress_block + compress_stride) // compress_stride).clamp(min=0)
     per_block, reach = select_block // compress_stride, compress_block // compress_stride
     # How many strides compressed block i has in selected block j, for i from per_block * j - (reach - 1) on.
     strides = torch.ones(1, 1, per_block), torch.ones(1, 1, reach)
