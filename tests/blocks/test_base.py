@@ -12,6 +12,10 @@ MIXERS = {
     "attention": {"kind": "attention", "num_heads": 2, "qk_norm": True, "bias": True},
     "infini": {"kind": "infini", "num_heads": 2, "segment": 4, "update": "delta"},
     "landmark": {"kind": "landmark", "num_heads": 2, "block_size": 3},
+    "hierarchical": {
+        "kind": "hierarchical", "num_heads": 2, "window": 4, "compress_block": 4, "compress_stride": 2,
+        "select_block": 4, "top_n": 3,
+    },
     "lightning": {"kind": "lightning", "num_heads": 2},
     "mla": {
         "kind": "mla", "num_heads": 2, "q_lora_rank": 6, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "v_head_dim": 4,
@@ -83,6 +87,7 @@ def test_rates_stay_float32_when_the_rest_is_cast(role, name, cast):
         "attention": {"rotary.inv_freq"},
         "infini": {"gate", "rotary.inv_freq"},
         "landmark": {"rotary.inv_freq"},
+        "hierarchical": {"rotary.inv_freq"},
         "lightning": {"log_decay"},
         "mla": {"rotary.inv_freq"},
         "mamba": {"A_log", "D", "dt_bias"},

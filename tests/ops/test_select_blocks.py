@@ -1,0 +1,148 @@
+"""zoo/ops/select_blocks: chunks of queries against the reference; that against flash-linear-attention and by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoo.ops import backend, select_blocks
+from zoo.ops.interval_attention import chunked
+
+BACKENDS = ("reference", "torch")
+NSA = {"compress_block": 32, "compress_stride": 16, "select_block": 64}
+
+
+@pytest.fixture(autouse=True, params=[2**19, 500], ids=["one chunk", "many"])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "MAX_LOGITS", request.param)
+
+
+def make(batch: int, length: int, compressed: int, heads=(4, 2)) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(length)
+    return torch.randn(batch, length, heads[0], 6).double(), torch.randn(batch, compressed, heads[1], 6).double()
+
+
+def choose(name: str, q: Tensor, k: Tensor, first: Tensor, position: Tensor, **options: Any) -> Tensor:
+    with backend(name):
+        chosen = select_blocks(q, k, first, position, **options)
+    return chosen.sort(-1).values
+
+
+RULES = [
+    {"compress_block": 4, "compress_stride": 2, "select_block": 8, "top_n": 4},
+    {"compress_block": 4, "compress_stride": 4, "select_block": 4, "top_n": 3, "first_blocks": 0, "local_blocks": 1},
+    {"compress_block": 6, "compress_stride": 2, "select_block": 2, "top_n": 5, "scale": 3.0},
+    {"compress_block": 2, "compress_stride": 2, "select_block": 6, "top_n": 5, "first_blocks": 3},
+    {"compress_block": 9, "compress_stride": 3, "select_block": 6, "top_n": 3},
+    # A compressed block longer than all that are chosen: at first no block has a score.
+    {"compress_block": 32, "compress_stride": 2, "select_block": 2, "top_n": 3},
+]
+
+
+def compressed_of(length: int, rule: dict[str, Any]) -> int:
+    return max(0, (length - rule["compress_block"]) // rule["compress_stride"] + 1)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("length", [1, 2, 7, 31, 64, 65, 131])
+def test_torch_equals_reference(length: int, rule: dict[str, Any]) -> None:
+    q, k = make(2, length, compressed_of(length, rule))
+    position = torch.arange(length).expand(2, -1)
+    where = torch.zeros_like(position), position
+    assert torch.equal(choose("torch", q, k, *where, **rule), choose("reference", q, k, *where, **rule))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_documents_padding_and_chunks_equal_each_alone(rule: dict[str, Any]) -> None:
+    """Documents of 50, 3 and 41 tokens in one row, with a query between them that is none."""
+    lengths = [50, 3, 41]
+    counts = [compressed_of(length, rule) for length in lengths]
+    parts = [make(1, length, count) for length, count in zip(lengths, counts, strict=True)]
+    none = make(1, 1, 0)[0]
+    q = torch.cat([parts[0][0], none, parts[1][0], parts[2][0]], 1)
+    k = torch.cat([k for _, k in parts], 1)
+    positions = [torch.arange(length) for length in lengths]
+    position = torch.cat([positions[0], torch.tensor([-1]), *positions[1:]])[None]
+    first = torch.tensor([0] * 51 + [counts[0]] * 3 + [counts[0] + counts[1]] * 41)[None]
+    for name in BACKENDS:
+        whole = choose(name, q, k, first, position, **rule)
+        assert (whole[:, 50] == -1).all()
+        whole = torch.cat([whole[:, :50], whole[:, 51:]], 1).split(lengths, 1)
+        for part, (own_q, own_k), where in zip(whole, parts, positions, strict=True):
+            zeros = torch.zeros_like(where)[None]
+            alone = choose(name, own_q, own_k, zeros, where[None], **rule)
+            assert torch.equal(part, alone)
+            one = [
+                choose(name, own_q[:, i, None], own_k, zeros[:, :1], where[None, i, None], **rule)
+                for i in range(len(where))
+            ]
+            assert torch.equal(torch.cat(one, 1), alone)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_equals_flash_linear_attention(name: str) -> None:
+    naive = pytest.importorskip("fla.ops.nsa.naive").naive_nsa_topk
+    q, k = make(2, 90, 12)  # theirs wants the last block too, which is not seen before it ends
+    position = torch.arange(90).expand(2, -1)
+    rule = {"compress_block": 8, "compress_stride": 8, "select_block": 8, "top_n": 5}
+    ours = choose(name, q, k, torch.zeros_like(position), position, **rule)
+    assert torch.equal(ours, naive(q, k, 5, 8, 6**-0.5).sort(-1).values)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("best", range(16, 36))
+def test_the_weights_are_1_2_2_2_1(name: str, best: int) -> None:
+    """All attention goes to one compressed block: the selected blocks that it reaches into are chosen, 4j-1 ... 4j+3
+    by block j, and 4j + 3 by block j + 1 as well."""
+    position = torch.tensor([[1023]])
+    k = torch.zeros(1, 63, 1, 6).double()
+    k[0, best] = 10
+    q, zero = torch.ones(1, 1, 1, 6).double(), torch.zeros_like(position)
+    chosen = choose(name, q, k, zero, position, **NSA, top_n=4, first_blocks=1, local_blocks=2)[0, 0, 0].tolist()
+    reached = {j for j in range(16) if 4 * j - 1 <= best <= 4 * j + 3}
+    assert {0, 14, 15} < set(chosen) and set(chosen) - {0, 14, 15} <= reached
+    chosen = choose(name, q, k, zero, position, **NSA, top_n=5, first_blocks=1, local_blocks=2)[0, 0, 0].tolist()
+    assert reached <= set(chosen)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_weights_decide(name: str) -> None:
+    """Blocks of equal compressed keys but one: p of 2 at an edge is worth less than 1.5 within."""
+    position = torch.tensor([[1023]])
+    logits = torch.full((63,), -20.0).double()
+    logits[19] = 2.0  # 4j + 3 of j = 4 and 4j - 1 of j = 5: once in each
+    logits[33] = 2.0 + torch.tensor(0.75).log()  # within j = 8: twice
+    k = logits[None, :, None, None] * torch.eye(6)[0].double()
+    q = torch.eye(6)[0].double()[None, None, None]
+    chosen = choose(name, q, k, 0 * position, position, **NSA, top_n=4, scale=1.0)[0, 0, 0].tolist()
+    assert chosen == [0, 8, 14, 15]
+
+
+def test_nothing_flows_back() -> None:
+    q, k = make(1, 20, 5)
+    position = torch.arange(20)[None]
+    chosen = select_blocks(q.requires_grad_(), k.requires_grad_(), 0 * position, position, **RULES[1])
+    assert not chosen.requires_grad and chosen.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": (1, 4, 3, 6)}, "k must be"),
+        ({"first": (1, 8)}, "first must be whole numbers"),
+        ({"position": (2, 9)}, "position must be whole numbers"),
+        ({"compress_block": 7}, "compress_block must be a multiple of compress_stride"),
+        ({"select_block": 5}, "select_block must be a multiple of compress_stride"),
+        ({"top_n": 2}, "top_n must be at least first_blocks"),
+        ({"local_blocks": 0}, "top_n must be at least first_blocks"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
+    shapes = {"q": (1, 9, 4, 6), "k": (1, 4, 2, 6), "first": (1, 9), "position": (1, 9)}
+    tensors = {name: torch.zeros(change.get(name, shape)) for name, shape in shapes.items()}
+    for name in ("first", "position"):
+        tensors[name] = tensors[name].long()
+    options = RULES[0] | {key: value for key, value in change.items() if key not in shapes}
+    with pytest.raises(ValueError, match=message):
+        select_blocks(**tensors, **options)
