@@ -107,7 +107,7 @@ def padding(kind: str, key_length: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["left", "right", "interior"])
-@pytest.mark.parametrize(("length", "key_length"), [(1, 30), (33, 100), (60, 60)])
+@pytest.mark.parametrize(("length", "key_length"), [(1, 30), (1, 200), (33, 100), (60, 60)])
 def test_padded_rows(kind: str, length: int, key_length: int) -> None:
     tensors, indices = make(3, length, key_length)
     mask = padding(kind, key_length)

@@ -51,11 +51,12 @@ def _forward(
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     chunks = _Chunks(q, k, block_indices, block_size, scale, cu_seqlens, key_mask)
+    keys, values = _Source(chunks, k), _Source(chunks, v)
     out = chunks.q.new_empty(*chunks.q.shape[:3], v.shape[3])
     lse = chunks.q.new_empty(chunks.q.shape[:3])
     for chunk in chunks:
-        p, lse[chunk.queries] = chunks.probabilities(chunk)
-        out[chunk.queries] = p @ chunk.keys_of(v)
+        p, lse[chunk.queries] = chunks.probabilities(chunk, keys.of(chunk))
+        out[chunk.queries] = p @ values.of(chunk)
     batch, length, heads, _ = q.shape
     return out.view(batch, length, heads, v.shape[3]).to(q.dtype), lse.view(batch, length, heads)
 
@@ -75,46 +76,40 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     chunks = _Chunks(q, k, block_indices, block_size, scale, cu_seqlens, key_mask)
-    rows = chunks.q.shape[:3]
+    keys, values, rows = _Source(chunks, k), _Source(chunks, v), chunks.q.shape[:3]
     grad_q = torch.empty_like(chunks.q)
     sums_k, sums_v = (_BlockSums(chunks, x.shape[3]) for x in (k, v))
     for chunk in chunks:
-        p, lse = chunks.probabilities(chunk)
+        own_keys = keys.of(chunk)
+        p, lse = chunks.probabilities(chunk, own_keys)
         grad_logits = torch.zeros_like(p)
         if grad_out is not None:
             grad = grad_out.reshape(*rows, -1)[chunk.queries].to(p.dtype)
             sums_v.add(chunk, p.mT @ grad)
-            grad_p = grad @ chunk.keys_of(v).mT
+            grad_p = grad @ values.of(chunk).mT
             grad_logits = p * (grad_p - (p * grad_p).sum(-1, keepdim=True))
         if grad_lse is not None:
             grad = grad_lse.reshape(rows)[chunk.queries].masked_fill(lse == -torch.inf, 0)
             grad_logits += p * grad[..., None]
         sums_k.add(chunk, grad_logits.mT @ chunks.q[chunk.queries])
-        grad_q[chunk.queries] = grad_logits @ chunk.keys_of(k)
+        grad_q[chunk.queries] = grad_logits @ own_keys
     grad_q *= scale
     return grad_q.view(q.shape).to(q.dtype), sums_k.by_key(k), sums_v.by_key(v)
 
 
 class _Chunk(NamedTuple):
-    """Some queries, and the keys they may see.
+    """Some queries, and the blocks they see.
 
     queries  of the N
-    row      `[n, 1, 1]` of the batch
-    columns  `[n, K, S*C]`, where the keys stand in their row
+    blocks   `[n, K, S]`, counted from the document's start
     hidden   `[n, K, S*C]`, True where there is no such key, or it is not to be seen
-    blocks   `[n, K, S]`, numbered over all documents and rows, for the sums
+    rows     `[n*K*S]`, the blocks of each kv head numbered over all documents and rows
     """
 
     queries: slice
-    row: Tensor
-    columns: Tensor
-    hidden: Tensor
     blocks: Tensor
-
-    def keys_of(self, x: Tensor) -> Tensor:
-        """Those of x `[B, L, K, D]`: `[n, K, S*C, D]`."""
-        heads = torch.arange(x.shape[2], device=x.device)[:, None]
-        return x[self.row, self.columns, heads].to(torch.promote_types(x.dtype, torch.float32))
+    hidden: Tensor
+    rows: Tensor
 
 
 class _Chunks:
@@ -138,7 +133,7 @@ class _Chunks:
     ) -> None:
         batch, length, heads, head_dim = q.shape
         self.key_length, kv_heads = k.shape[1:3]
-        self.k, self.block_size, self.length = k, block_size, length
+        self.block_size, self.length = block_size, length
         self.q = (q.to(torch.promote_types(q.dtype, torch.float32)) * scale).reshape(
             batch * length, kv_heads, heads // kv_heads, head_dim
         )
@@ -164,29 +159,63 @@ class _Chunks:
     def __iter__(self) -> Iterator[_Chunk]:
         queries, kv_heads, chosen = self.indices.shape
         size = max(1, MAX_GATHERED // max(1, kv_heads * chosen * self.block_size * self.q.shape[3]))
-        own = [x[:, self.key_length - self.length :].flatten() for x in (self.position, self.start, self.base)]
+        position, base = (self.of_queries(x) for x in (self.position, self.base))
         inside = torch.arange(self.block_size, device=self.indices.device)
+        heads = torch.arange(kv_heads, device=self.indices.device)[:, None]
         for begin in range(0, queries, size):
             now = slice(begin, min(begin + size, queries))
-            position, start, base = (x[now, None, None] for x in own)
-            row = torch.arange(now.start, now.stop, device=inside.device)[:, None, None] // self.length
+            own = position[now, None, None]
             blocks = self.indices[now].sort(-1).values
-            unwanted = (blocks < 0) | (blocks * self.block_size > position)
+            unwanted = (blocks < 0) | (blocks * self.block_size > own)
             unwanted[..., 1:] |= blocks[..., 1:] == blocks[..., :-1]
             blocks = blocks.masked_fill(unwanted, 0)
-            keys = (blocks[..., None] * self.block_size + inside).flatten(-2)
-            hidden = unwanted.repeat_interleave(self.block_size, -1) | (keys > position)
-            columns = (start + keys).masked_fill(hidden, 0)
-            if self.order is not None:
-                columns = self.order[row, columns]
-            yield _Chunk(now, row, columns, hidden, base + blocks)
+            seen = (own + 1 - blocks * self.block_size).masked_fill(unwanted, 0)
+            hidden = (inside >= seen[..., None]).flatten(-2)
+            rows = (base[now, None, None] + blocks) * kv_heads + heads
+            yield _Chunk(now, blocks, hidden, rows.flatten())
 
-    def probabilities(self, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+    def of_queries(self, x: Tensor) -> Tensor:
+        """`[N]`: what x `[B, L]` says of the queries' own keys."""
+        return x[:, self.key_length - self.length :].flatten()
+
+    def probabilities(self, chunk: _Chunk, keys: Tensor) -> tuple[Tensor, Tensor]:
         """`[n, K, G, S*C]` and their lse `[n, K, G]`; a query that sees nothing has zeros."""
-        logits = self.q[chunk.queries] @ chunk.keys_of(self.k).mT
+        logits = self.q[chunk.queries] @ keys.mT
         logits.masked_fill_(chunk.hidden[:, :, None], -torch.inf)
         lse = logits.logsumexp(-1)
         return (logits - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp_(), lse
+
+
+class _Source:
+    """Keys (or values) of which chunks take their blocks: many queries from a copy that is laid out in blocks, few, as
+    one that is decoded, key by key where they are."""
+
+    def __init__(self, chunks: _Chunks, x: Tensor) -> None:
+        self.chunks, self.x, self.laid_out = chunks, x, None
+        if chunks.indices.shape[0] * chunks.indices.shape[2] >= chunks.blocks:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            blocks = x.new_zeros(chunks.blocks, x.shape[2], chunks.block_size, x.shape[3], dtype=wide)
+            real = chunks.position >= 0
+            position = chunks.position[real]
+            block = chunks.base[real] + position // chunks.block_size
+            blocks[block, :, position % chunks.block_size] = x[real].to(wide)
+            self.laid_out = blocks.flatten(2).flatten(0, 1)
+
+    def of(self, chunk: _Chunk) -> Tensor:
+        """`[n, K, S*C, D]`."""
+        shape = (*chunk.hidden.shape, self.x.shape[3])
+        if self.laid_out is not None:
+            return self.laid_out.index_select(0, chunk.rows).view(shape)
+        chunks, device = self.chunks, self.x.device
+        inside = torch.arange(chunks.block_size, device=device)
+        keys = (chunk.blocks[..., None] * chunks.block_size + inside).flatten(-2)
+        columns = chunks.of_queries(chunks.start)[chunk.queries, None, None] + keys
+        columns = columns.masked_fill(chunk.hidden, 0)
+        row = torch.arange(chunk.queries.start, chunk.queries.stop, device=device)[:, None, None] // chunks.length
+        if chunks.order is not None:
+            columns = chunks.order[row, columns]
+        heads = torch.arange(shape[1], device=device)[:, None]
+        return self.x[row, columns, heads].to(torch.promote_types(self.x.dtype, torch.float32))
 
 
 class _BlockSums:
@@ -198,9 +227,7 @@ class _BlockSums:
 
     def add(self, chunk: _Chunk, gradients: Tensor) -> None:
         """`gradients` `[n, K, S*C, D]`."""
-        heads = torch.arange(self.kv_heads, device=gradients.device)[:, None]
-        rows = (chunk.blocks * self.kv_heads + heads).flatten()
-        self.sums.index_add_(0, rows, gradients.reshape(len(rows), -1))
+        self.sums.index_add_(0, chunk.rows, gradients.reshape(len(chunk.rows), -1))
 
     def by_key(self, like: Tensor) -> Tensor:
         """`[B, L, K, D]`, zeros at masked keys."""
