@@ -226,6 +226,7 @@ def test_decoding_reads_the_chosen_blocks_only(fields: dict) -> None:
     [
         ({"compress_block": 10}, r"compress_block: must be a multiple of compress_stride \(4\), got 10"),
         ({"select_block": 18}, r"select_block: must be a multiple of compress_stride \(4\), got 18"),
+        ({"select_block": 4}, r"select_block: must be at least compress_block \(8\), got 4"),
         ({"top_n": 2}, r"top_n: must be at least 3, as 3 blocks are always chosen .* got 2"),
         ({"window": -1}, r"window: must be a whole number >= 1, got -1"),
         ({"num_kv_heads": 3}, r"num_kv_heads: must divide num_heads \(4\), got 3"),

@@ -96,7 +96,7 @@ HIERARCHICAL_MEAN = {
     **HIERARCHICAL, "num_kv_heads": 4, "rope": None, "compress": "mean", "compress_block": 3, "compress_stride": 3,
     "select_block": 6, "top_n": 3, "local_blocks": 1,
 }  # fmt: skip
-HIERARCHICAL_STRIDE = {**HIERARCHICAL, "window": None, "compress": "stride", "select_block": 2, "first_blocks": 0}
+HIERARCHICAL_STRIDE = {**HIERARCHICAL, "window": None, "compress": "stride", "select_block": 4, "first_blocks": 0}
 MOBA = {
     "kind": "hierarchical", "num_heads": 4, "window": None, "compress": None, "select_block": 4, "top_n": 3,
     "first_blocks": 0, "local_blocks": 1,

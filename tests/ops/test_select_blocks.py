@@ -32,11 +32,11 @@ def choose(name: str, q: Tensor, k: Tensor, first: Tensor, position: Tensor, **o
 RULES = [
     {"compress_block": 4, "compress_stride": 2, "select_block": 8, "top_n": 4},
     {"compress_block": 4, "compress_stride": 4, "select_block": 4, "top_n": 3, "first_blocks": 0, "local_blocks": 1},
-    {"compress_block": 6, "compress_stride": 2, "select_block": 2, "top_n": 5, "scale": 3.0},
+    {"compress_block": 6, "compress_stride": 2, "select_block": 6, "top_n": 5, "scale": 3.0},
     {"compress_block": 2, "compress_stride": 2, "select_block": 6, "top_n": 5, "first_blocks": 3},
-    {"compress_block": 9, "compress_stride": 3, "select_block": 6, "top_n": 3},
-    # A compressed block longer than all that are chosen: at first no block has a score.
-    {"compress_block": 32, "compress_stride": 2, "select_block": 2, "top_n": 3},
+    {"compress_block": 9, "compress_stride": 3, "select_block": 12, "top_n": 4},
+    # Weights so small that many are 0.
+    {"compress_block": 3, "compress_stride": 3, "select_block": 3, "top_n": 6, "scale": 500.0},
 ]
 
 
@@ -134,6 +134,7 @@ def test_nothing_flows_back() -> None:
         ({"position": (2, 9)}, "position must be whole numbers"),
         ({"compress_block": 7}, "compress_block must be a multiple of compress_stride"),
         ({"select_block": 5}, "select_block must be a multiple of compress_stride"),
+        ({"select_block": 2}, "select_block must be at least compress_block"),
         ({"top_n": 2}, "top_n must be at least first_blocks"),
         ({"local_blocks": 0}, "top_n must be at least first_blocks"),
     ],

@@ -93,6 +93,8 @@ class HierarchicalConfig(MixerConfig):
             for name, size in (("compress_block", block), ("select_block", self.select_block)):
                 if size % stride:
                     raise FieldError(name, f"must be a multiple of compress_stride ({stride}), got {size}")
+            if self.select_block < block:
+                raise FieldError("select_block", f"must be at least compress_block ({block}), got {self.select_block}")
         forced = self.first_blocks + self.local_blocks
         if self.top_n < forced:
             always = f"{forced} blocks are always chosen (first_blocks {self.first_blocks}, local_blocks"

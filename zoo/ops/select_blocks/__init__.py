@@ -43,7 +43,8 @@ def select_blocks(
         position: int64 `[batch, length]` of the query in its document; -1 where there is no query.
         compress_block: tokens in a compressed block, a multiple of compress_stride.
         compress_stride: tokens from one to the next.
-        select_block: tokens in a block to choose, a multiple of compress_stride.
+        select_block: tokens in a block to choose, a multiple of compress_stride and at least compress_block: blocks
+            within one compressed block could not be told apart.
         top_n: how many blocks are chosen, at least first_blocks + local_blocks; all where there are not so many.
         first_blocks: of the document, always chosen.
         local_blocks: up to the query's own, always chosen.
@@ -65,6 +66,8 @@ def select_blocks(
     for name, size in (("compress_block", compress_block), ("select_block", select_block)):
         if compress_stride < 1 or size < 1 or size % compress_stride:
             raise ValueError(f"{name} must be a multiple of compress_stride ({compress_stride}), got {size}")
+    if select_block < compress_block:
+        raise ValueError(f"select_block must be at least compress_block ({compress_block}), got {select_block}")
     if local_blocks < 1 or first_blocks < 0 or top_n < first_blocks + local_blocks:
         raise ValueError(
             f"top_n must be at least first_blocks + local_blocks ({first_blocks} + {local_blocks}, of these at least "
