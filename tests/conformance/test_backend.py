@@ -20,12 +20,17 @@ LENGTH = 70  # two chunks
 CU_SEQLENS = torch.tensor([0, 1, 34, LENGTH], dtype=torch.int32)
 
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4}
+WITHOUT_KERNELS = {Attention, MLA, GatedDelta, KDA, Hierarchical, Infini, Landmark}
 
 
 def compared(subject: str) -> list[tuple[str, torch.dtype]]:
     """Backends and dtypes. The kernels have no float64; these mixers' ops have no kernels."""
     modules = {type(module) for module in zoo.build(SUBJECTS[subject], device="meta").modules()}
-    kernels = [] if modules & {Attention, MLA, GatedDelta, KDA, Hierarchical, Infini, Landmark} else [("triton", torch.float32)]
+    kernels = (
+        []
+        if modules & {Attention, MLA, GatedDelta, KDA, Hierarchical, Infini, Landmark}
+        else [("triton", torch.float32)]
+    )
     return [("torch", torch.float64), ("torch", torch.float32), *kernels]
 
 

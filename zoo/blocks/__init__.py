@@ -4,8 +4,8 @@ from zoo.blocks.attention import Attention, AttentionConfig
 from zoo.blocks.base import FeedForward, FeedForwardConfig, Mixer, MixerConfig, RouterStatistics
 from zoo.blocks.context import SequenceContext
 from zoo.blocks.gated_delta import GatedDelta, GatedDeltaConfig
-from zoo.blocks.infini import Infini, InfiniConfig
 from zoo.blocks.hierarchical import Hierarchical, HierarchicalConfig
+from zoo.blocks.infini import Infini, InfiniConfig
 from zoo.blocks.kda import KDA, KDAConfig
 from zoo.blocks.landmark import Landmark, LandmarkConfig
 from zoo.blocks.lightning import Lightning, LightningConfig

@@ -7,8 +7,8 @@ from zoo.ops.dispatch import backend, backends
 from zoo.ops.explain import explain
 from zoo.ops.gated_rms_norm import gated_rms_norm
 from zoo.ops.infini_attention import infini_attention
-from zoo.ops.landmark_attention import landmark_attention
 from zoo.ops.interval_attention import interval_attention
+from zoo.ops.landmark_attention import landmark_attention
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.select_blocks import select_blocks
 from zoo.ops.selective_scan import selective_scan
@@ -23,8 +23,8 @@ __all__ = [
     "explain",
     "gated_rms_norm",
     "infini_attention",
-    "landmark_attention",
     "interval_attention",
+    "landmark_attention",
     "linear_attention",
     "select_blocks",
     "selective_scan",

@@ -14,8 +14,8 @@ from zoo.ops.causal_conv1d import causal_conv1d
 from zoo.ops.delta_rule import delta_rule
 from zoo.ops.gated_rms_norm import gated_rms_norm
 from zoo.ops.infini_attention import infini_attention
-from zoo.ops.landmark_attention import landmark_attention
 from zoo.ops.interval_attention import interval_attention
+from zoo.ops.landmark_attention import landmark_attention
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.select_blocks import select_blocks
 from zoo.ops.selective_scan import selective_scan
