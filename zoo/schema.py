@@ -125,6 +125,8 @@ def check(annotation: Any, value: Any, path: str) -> Any:
                 return None
             raise wrong
         members = [a for a in arguments if a is not type(None)]
+        if isinstance(value, Mapping):  # so that a mistake inside it is named
+            members = [member for member in members if dataclasses.is_dataclass(member)] or members
         if len(members) == 1:
             return check(members[0], value, path)
         for member in members:

@@ -25,6 +25,9 @@ MIXERS = {
     "gated_delta": {"kind": "gated_delta", "num_heads": 2, "num_v_heads": 4},
     "kda": {"kind": "kda", "num_heads": 2},
     "mamba2": {"kind": "mamba2", "head_dim": 8, "state_size": 4, "num_groups": 2},
+    "linear": {"kind": "linear", "num_heads": 2},
+    "performer": {"kind": "performer", "num_heads": 2},
+    "retention": {"kind": "retention", "num_heads": 2},
     "rglru": {"kind": "rglru", "num_heads": 2},
     "short_conv": {"kind": "short_conv"},
     "parallel": {
@@ -94,6 +97,8 @@ def test_rates_stay_float32_when_the_rest_is_cast(role, name, cast):
         "mamba2": {"A_log", "D", "dt_bias"},
         "gated_delta": {"A_log", "dt_bias"},
         "kda": {"A_log", "dt_bias"},
+        "performer": {"directions"},
+        "retention": {"rotary.inv_freq", "log_decay"},
         "rglru": {"a_param"},
         "moe_options": {"router.correction_bias"},
         "parallel": {"branches.0.log_decay", "branches.1.multiply.factors"}

@@ -35,6 +35,12 @@ GQA = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "r
 FULL_GQA = {**GQA, "qk_norm": True, "bias": True, "output_gate": True}
 WINDOW = {"kind": "attention", "num_heads": 2, "num_kv_heads": 1, "window": 5}
 SINKS = {**WINDOW, "num_kv_heads": 2, "num_sinks": 2}
+CACHE_SINKS = {**SINKS, "sink_positions": "cache"}
+GROWING = {**WINDOW, "window": {"start": 4, "growth": 2.0, "cap": 7}}
+DILATED = {**WINDOW, "window": 4, "dilation": 3, "num_sinks": 2}
+DILATED_ALL = {**WINDOW, "window": None, "dilation": 4}
+STRIDED = {**WINDOW, "stride": 4, "softcap": 1.5}
+RANDOM = {**WINDOW, "window": 3, "num_sinks": 1, "stride": 9, "random": {"blocks": 2, "block_size": 4, "seed": 1}}
 GEMMA = {**WINDOW, "scale": 0.4, "softcap": 1.5}
 OLMO2 = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "qk_norm": "projection"}
 LONGROPE = {
@@ -76,6 +82,13 @@ BESIDE = {
     "output_scales": [1.2, 0.7],
 }
 RECURRENT_BESIDE = {"kind": "parallel", "branches": [LIGHTNING, MAMBA, MAMBA2], "combine": "mean"}
+ELU = {"kind": "linear", "num_heads": 4}
+RELU = {"kind": "linear", "num_heads": 2, "head_dim": 6, "feature_map": "relu"}
+COSFORMER = {"kind": "linear", "num_heads": 4, "feature_map": "cosformer", "max_length": 2**15}
+PERFORMER = {"kind": "performer", "num_heads": 4}
+PERFORMER_FEATURES = {"kind": "performer", "num_heads": 2, "head_dim": 6, "num_features": 21, "seed": 3}
+RETENTION = {"kind": "retention", "num_heads": 4}
+RETENTION_NO_ROPE = {"kind": "retention", "num_heads": 2, "head_dim": 6, "v_head_dim": 10, "rope": None}
 SHORT_CONV = {"kind": "short_conv"}
 SHORT_CONV_BIAS = {"kind": "short_conv", "conv_kernel": 4, "bias": True}
 RGLRU = {"kind": "rglru", "num_heads": 4}
@@ -127,6 +140,12 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "attention-gqa": _alone(FULL_GQA, MOE),
     "attention-window": _alone(WINDOW, GELU),
     "attention-sinks": _alone(SINKS, MLP),
+    "attention-cache-sinks": _alone(CACHE_SINKS, MLP),
+    "attention-growing": _alone(GROWING, MLP),
+    "attention-dilated": _alone(DILATED, MLP),
+    "attention-dilated-all": _alone(DILATED_ALL, MLP),
+    "attention-strided": _alone(STRIDED, MLP),
+    "attention-random": _alone(RANDOM, MLP),
     "attention-softcap": _alone(GEMMA, GEGLU),
     "attention-sink-logits": _alone({**WINDOW, "sink_logits": True}, CLAMPED_MOE),
     "attention-qk-norm-projection": _alone(OLMO2, MLP),
@@ -153,6 +172,13 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "mamba2-no-norm": _alone(MAMBA2_NO_NORM, MLP),
     "parallel": _alone(BESIDE, GATE_SCALE),
     "parallel-recurrent": _alone(RECURRENT_BESIDE, MLP),
+    "linear-elu": _alone(ELU, MLP),
+    "linear-relu": _alone(RELU, MLP),
+    "linear-cosformer": _alone(COSFORMER, MLP),
+    "performer": _alone(PERFORMER, MLP),
+    "performer-features": _alone(PERFORMER_FEATURES, MLP),
+    "retention": _alone(RETENTION, MLP),
+    "retention-no-rope": _alone(RETENTION_NO_ROPE, MLP),
     "short-conv": _alone(SHORT_CONV, MLP),
     "short-conv-bias": _alone(SHORT_CONV_BIAS, MLP),
     "rglru": _alone(RGLRU, MLP),

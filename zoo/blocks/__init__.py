@@ -9,6 +9,7 @@ from zoo.blocks.infini import Infini, InfiniConfig
 from zoo.blocks.kda import KDA, KDAConfig
 from zoo.blocks.landmark import Landmark, LandmarkConfig
 from zoo.blocks.lightning import Lightning, LightningConfig
+from zoo.blocks.linear_mixer import LinearConfig, LinearMixer
 from zoo.blocks.mamba import Mamba, MambaConfig
 from zoo.blocks.mamba2 import Mamba2, Mamba2Config
 from zoo.blocks.mla import MLA, MLAConfig
@@ -17,6 +18,8 @@ from zoo.blocks.moe import MoE, MoEConfig
 from zoo.blocks.none import NoFeedForwardConfig, NoMixerConfig
 from zoo.blocks.parallel import Parallel, ParallelConfig
 from zoo.blocks.registry import Kind, kind_of, kinds, register
+from zoo.blocks.performer import Performer, PerformerConfig
+from zoo.blocks.retention import Retention, RetentionConfig
 from zoo.blocks.rglru import RGLRU, RGLRUConfig
 from zoo.blocks.short_conv import ShortConv, ShortConvConfig
 from zoo.blocks.state import KeyValueState, State
@@ -43,6 +46,7 @@ register("hierarchical", HierarchicalConfig, Hierarchical)
 register("kda", KDAConfig, KDA)
 register("landmark", LandmarkConfig, Landmark)
 register("lightning", LightningConfig, Lightning)
+register("linear", LinearConfig, LinearMixer)
 register("mamba", MambaConfig, Mamba)
 register("mamba2", Mamba2Config, Mamba2)
 register("mla", MLAConfig, MLA)
@@ -51,5 +55,8 @@ register("moe", MoEConfig, MoE)
 register("none", NoMixerConfig, Mixer)  # type: ignore[type-abstract]  # nothing builds it
 register("parallel", ParallelConfig, Parallel)
 register("none", NoFeedForwardConfig, FeedForward)  # type: ignore[type-abstract]
+register("none", NoFeedForwardConfig, Identity)
+register("performer", PerformerConfig, Performer)
+register("retention", RetentionConfig, Retention)
 register("rglru", RGLRUConfig, RGLRU)
 register("short_conv", ShortConvConfig, ShortConv)

@@ -4,6 +4,10 @@
     o_t = sum_j softmax_j(s * q_t . k_j) v_j     over the visible j <= t; s is 1/sqrt(D) unless `scale` is given
     y = W_o (o)                                  with output_gate: W_o (sigmoid(W_g x) * o)
 
+Which keys are visible is a Pattern (zoo/ops/softmax_attention/pattern.py): a window, which may grow with depth, dilated
+or not, sinks, a stride, random blocks. With `sink_positions: cache` a sink never seems further away than it stands in
+StreamingLLM's cache: to the sinks alone, the query at t is turned as at min(t, num_sinks + window - 1).
+
 With softcap c the logits are c tanh(s q_t . k_j / c) (Gemma 2, arXiv:2408.00118, section 2). With qk_norm q and k are
 normalised before the rotation, each head by itself (Qwen3, arXiv:2505.09388) or all of them as one vector (OLMo 2,
 arXiv:2501.00656). With sink_logits every head has a logit of its own, z, that competes with the keys' and has no
@@ -16,6 +20,7 @@ B batch, T length, H query heads, K key/value heads, D head_dim. Each of the K h
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -30,10 +35,49 @@ from zoo.blocks.linear import in_projection, out_projection
 from zoo.blocks.norm import Norm, NormConfig
 from zoo.blocks.rope import RopeConfig, RotaryEmbedding
 from zoo.blocks.state import KeyValueState, State
+from zoo.ops.softmax_attention import Pattern
+from zoo.ops.varlen import document_ids
 from zoo.schema import Count, FieldError, Positive, Size
 
 if TYPE_CHECKING:
     from zoo.config import ZooConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowGrowth:
+    """A window that grows with depth: layer l, from 0, has min(cap, start * growth^l), rounded down.
+
+    start   the window of the model's first layer.
+    growth  the factor from each layer of the model to the next.
+    cap     the widest window; default no limit.
+    """
+
+    start: Size
+    growth: Positive
+    cap: Size | None = None
+
+    def at(self, layer_idx: int) -> int:
+        """The window of one layer."""
+        # Through logarithms: a thousand layers on, the power alone would overflow.
+        exponent = math.log(self.start) + layer_idx * math.log(self.growth)
+        widest = 2**31 - 1 if self.cap is None else self.cap
+        if exponent > math.log(widest):
+            return widest
+        return max(1, min(widest, int(self.start * self.growth**layer_idx)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomBlocks:
+    """Earlier blocks that a query sees beyond its window, drawn once for each block of queries (BigBird).
+
+    blocks      how many.
+    block_size  tokens in a block.
+    seed        of the draw; every layer draws its own.
+    """
+
+    blocks: Size
+    block_size: Size = 64
+    seed: Count = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +88,14 @@ class AttentionConfig(MixerConfig):
     num_kv_heads  key and value heads (grouped-query attention); default num_heads.
     head_dim      default hidden_size / num_heads.
     rope          rotary positions; null for no positions at all.
-    window        how many keys a query sees, its own included; default all.
-    num_sinks     how many of the first keys stay visible beyond the window.
+    window        how many keys a query sees, its own included; default all. A mapping {start, growth, cap} widens it
+                  with depth.
+    dilation      the keys of the window stand so far apart.
+    num_sinks     how many of the first keys stay visible beyond the window: sinks, or global tokens at the start.
+    sink_positions  how far away sinks seem: as in the text, or never further than in a cache that holds the sinks and
+                  the window (StreamingLLM).
+    stride        every stride-th key of the text stays visible beyond the window.
+    random        earlier blocks, drawn at random, stay visible beyond the window.
     qk_norm       RMS-normalise queries and keys before the rotation: true is each head, projection is all heads of a
                   token as one vector; eps and zero_centered are those of the model's norm.
     bias          biases on all projections.
@@ -61,8 +111,12 @@ class AttentionConfig(MixerConfig):
     num_kv_heads: Size | None = None
     head_dim: Size | None = None
     rope: RopeConfig | None = field(default_factory=RopeConfig)
-    window: Size | None = None
+    window: Size | WindowGrowth | None = None
+    dilation: Size = 1
     num_sinks: Count = 0
+    sink_positions: Literal["text", "cache"] = "text"
+    stride: Size | None = None
+    random: RandomBlocks | None = None
     qk_norm: bool | Literal["projection"] = False
     bias: bool = False
     output_gate: bool = False
@@ -77,8 +131,14 @@ class AttentionConfig(MixerConfig):
         num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         if self.num_heads % num_kv_heads:
             raise FieldError("num_kv_heads", f"must divide num_heads ({self.num_heads}), got {num_kv_heads}")
-        if self.num_sinks and self.window is None:
+        if self.num_sinks and self.window is None and self.dilation == 1:
             raise FieldError("num_sinks", f"needs a window to stand outside of, got {self.num_sinks} without one")
+        for name in ("stride", "random"):
+            if getattr(self, name) is not None and self.window is None:
+                raise FieldError(name, "needs a window to stand outside of; give window too")
+            if getattr(self, name) is not None and self.dilation > 1:
+                raise FieldError(name, f"does not go with dilation ({self.dilation}); remove one of them")
+        self._check_sink_positions()
         rope = self.rope
         if rope is not None:
             try:
@@ -93,6 +153,23 @@ class AttentionConfig(MixerConfig):
             output_bias=self.bias if self.output_bias is None else self.output_bias,
             scale=head_dim**-0.5 if self.scale is None else self.scale,
         )
+
+    def _check_sink_positions(self) -> None:
+        if self.sink_positions == "text":
+            return
+        if self.window is None or not self.num_sinks or self.dilation > 1 or self.stride or self.random:
+            raise FieldError("sink_positions", "cache needs num_sinks and a window, and nothing else; got other fields")
+        if self.rope is None or self.rope.type == "longrope":
+            raise FieldError("sink_positions", "cache needs a rope whose angles do not change with the length")
+
+    def pattern(self, layer_idx: int) -> Pattern:
+        """What the queries of one layer see."""
+        window = self.window.at(layer_idx) if isinstance(self.window, WindowGrowth) else self.window
+        pattern = Pattern(window, self.num_sinks, self.dilation, self.stride)
+        if self.random is None:
+            return pattern
+        drawn = {"random_blocks": self.random.blocks, "block_size": self.random.block_size}
+        return replace(pattern, **drawn, seed=self.random.seed + layer_idx)
 
 
 def resolve_head_dim(head_dim: int | None, num_heads: int, hidden_size: int) -> int:
@@ -131,6 +208,7 @@ class Attention(Mixer):
         assert config.head_dim is not None and config.num_kv_heads is not None, "resolve() fills them in"
         assert config.output_bias is not None, "resolve() fills it in"
         self.config = config
+        self.pattern = config.pattern(layer_idx)
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.reads_embeddings = config.concat_embeddings
         hidden = model.hidden_size * (2 if config.concat_embeddings else 1)
@@ -151,6 +229,7 @@ class Attention(Mixer):
         q = self._heads(self.q_proj(x), self.q_norm)
         k = self._heads(self.k_proj(x), self.k_norm)
         v = self._heads(self.v_proj(x))
+        unturned = q
         if self.rotary is not None:
             q, k = self.rotary(q, k, context.position_ids, context.rotations)
         key_mask = context.padding_mask
@@ -162,12 +241,13 @@ class Attention(Mixer):
             assert isinstance(state, KeyValueState), "new_state() makes one"
             k, v, key_mask = state.append(k, v, key_mask)
             k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast the state has the dtype of the weights
+        if self.config.sink_positions == "cache":
+            q, k = self._near_sinks(unturned, q, k, key_mask, context)
         out = ops.softmax_attention(
             q,
             k,
             v,
-            window=self.config.window,
-            num_sinks=self.config.num_sinks,
+            pattern=self.pattern,
             scale=self.config.scale,
             softcap=self.config.softcap,
             cu_seqlens=context.cu_seqlens,
@@ -179,6 +259,23 @@ class Attention(Mixer):
             out = out * self.gate_proj(x).sigmoid()
         return self.o_proj(out)
 
+    def _near_sinks(
+        self, unturned: Tensor, q: Tensor, k: Tensor, key_mask: Tensor | None, context: SequenceContext
+    ) -> tuple[Tensor, Tensor]:
+        """q and k of twice the head_dim, so that one product serves both kinds of key: [q_t | q_min(t, last)] times
+        [k | 0], or [0 | k] for a sink. A sink within the window gives the same either way."""
+        assert self.rotary is not None and self.pattern.window is not None, "resolve() checked it"
+        last = self.pattern.num_sinks + self.pattern.window - 1
+        near, _ = self.rotary(unturned, unturned[:, :, :1], context.position_ids.clamp_max(last))
+        if key_mask is not None:
+            rank = key_mask.long().cumsum(1) - 1
+        else:
+            rank = torch.arange(k.shape[1], device=k.device)[None]
+            if context.cu_seqlens is not None:
+                rank = rank - context.cu_seqlens.long()[document_ids(context.cu_seqlens, k.shape[1])]
+        is_sink = (rank < self.pattern.num_sinks)[..., None, None]
+        return torch.cat([q, near], -1), torch.cat([k.masked_fill(is_sink, 0), k.masked_fill(~is_sink, 0)], -1)
+
     def _heads(self, x: Tensor, norm: Norm | None = None) -> Tensor:
         """`x` `[batch, length, heads * D]` as `[batch, length, heads, D]`, normalised."""
         if norm is not None and self.config.qk_norm == "projection":
@@ -188,23 +285,23 @@ class Attention(Mixer):
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         empty = torch.empty(batch_size, 0, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
-        return KeyValueState(empty, empty.clone(), self.config.window, self.config.num_sinks)
+        return KeyValueState(empty, empty.clone(), self.pattern.reach, self.pattern.num_sinks)
 
     def state_bytes(self, batch: int, length: int) -> int:
-        if self.config.window is not None:
-            length = min(length, self.config.window - 1 + self.config.num_sinks)
+        if self.pattern.reach is not None:
+            length = min(length, self.pattern.reach - 1 + self.pattern.num_sinks)
         keys_and_values = 2 * self.num_kv_heads * self.head_dim * self.o_proj.weight.dtype.itemsize
         return batch * length * (keys_and_values + 1)  # and a byte of mask
 
     def flops(self, batch: int, length: int) -> int:
         projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.gate_proj)
         weights = sum(p.weight.numel() for p in projections if p is not None)
-        visible = visible_pairs(length, self.config.window, self.config.num_sinks)
-        return 2 * batch * (length * weights + 2 * visible * self.num_heads * self.head_dim)
+        # Towards sinks whose positions are the cache's, q and k are twice as wide.
+        products = 2 if self.config.sink_positions == "text" else 3
+        visible = self.pattern.visible_pairs(length)
+        return 2 * batch * (length * weights + products * visible * self.num_heads * self.head_dim)
 
 
 def visible_pairs(length: int, window: int | None, num_sinks: int) -> int:
     """How many (query, key) pairs causal attention touches over `length` tokens."""
-    span = length if window is None else min(window + num_sinks, length)
-    # Query t (from 1) sees min(t, span) keys, for a window and its sinks together.
-    return span * (span + 1) // 2 + (length - span) * span
+    return Pattern(window, num_sinks).visible_pairs(length)

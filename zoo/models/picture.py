@@ -18,6 +18,7 @@ COLOURS = {
     "kda": "#8f2d56",
     "landmark": "#c9a227",
     "lightning": "#2f6fde",
+    "linear": "#5aa9e6",
     "mamba": "#2a9d78",
     "mamba2": "#7b4bd0",
     "mla": "#a65a1f",
@@ -25,6 +26,8 @@ COLOURS = {
     "moe": "#f0c04d",
     "none": "#f1f3f7",
     "parallel": "#a3427f",
+    "performer": "#c98bb9",
+    "retention": "#1b998b",
     "rglru": "#4f772d",
     "short_conv": "#3d8fa3",
 }

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zoo.ops import dispatch
 from zoo.ops.softmax_attention import chunked, reference  # noqa: F401  (they register themselves)
+from zoo.ops.softmax_attention.pattern import Pattern as Pattern
 from zoo.ops.varlen import check_cu_seqlens
 
 
@@ -24,6 +25,7 @@ def softmax_attention(
     softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     key_mask: Tensor | None = None,
+    pattern: Pattern | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Scaled dot-product attention (Vaswani et al., arXiv:1706.03762, section 3.2.1).
@@ -49,6 +51,8 @@ def softmax_attention(
             a query sees its own document only. A document may be empty.
         key_mask: bool `[batch, key_length]`, True where a key is real, for padded batches. Positions (for causal,
             window and sinks) are then counted among the row's real keys. A query whose own key is masked sees nothing.
+        pattern: which keys a query sees beyond a window and sinks (dilation, stride, random blocks); it holds its own
+            window and num_sinks, which must not be given beside it. Needs `causal`.
         return_lse: also return the log-sum-exp of the logits s (natural logarithm).
 
     Returns:
@@ -71,6 +75,11 @@ def softmax_attention(
         raise ValueError(f"q's {heads} heads must be a multiple of k's kv_heads, got {kv_heads}")
     if not 1 <= length <= key_length:
         raise ValueError(f"q must have 1 to {key_length} tokens, as many as k at most, got {list(q.shape)}")
+    if pattern is not None:
+        if window is not None or num_sinks or not causal:
+            raise ValueError("pattern holds window and num_sinks and needs causal=True; give them inside it")
+        if pattern.is_plain:
+            window, num_sinks, pattern = pattern.window, pattern.num_sinks, None
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"window must be at least 1 and needs causal=True, got window {window}, causal={causal}")
     if num_sinks < 0:
@@ -103,6 +112,7 @@ def softmax_attention(
         softcap=softcap,
         cu_seqlens=cu_seqlens,
         key_mask=key_mask,
+        pattern=pattern,
         return_lse=return_lse,
     )
     return (out, lse) if return_lse else out

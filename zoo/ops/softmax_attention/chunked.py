@@ -26,6 +26,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from zoo.ops.dispatch import implements
 from zoo.ops.matmul import bmm
+from zoo.ops.softmax_attention import patterned
+from zoo.ops.softmax_attention.pattern import Pattern
 from zoo.ops.varlen import document_ids
 
 # The most logits held at once: 1 MB. Measured with AVX-512 and 1 MB of L2 a core; half or double is 10% slower.
@@ -47,6 +49,7 @@ def softmax_attention(
     softcap: float | None,
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
+    pattern: Pattern | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`(out, lse)` as the public function documents them; lse may be None where it is not asked for."""
@@ -54,7 +57,7 @@ def softmax_attention(
     if window is not None and window + num_sinks >= key_length:
         window = None
     # With another head_dim for v, torch falls back to an implementation that stores all logits.
-    native = cu_seqlens is None and window is None and not return_lse and q.shape[3] == v.shape[3] and softcap is None
+    native = pattern is None and cu_seqlens is None and window is None and not return_lse and q.shape[3] == v.shape[3] and softcap is None
     dense = key_mask is None and (not causal or length == key_length)
     slower = q.device.type == "cpu" and (length > NATIVE_LENGTH or q.dtype == torch.bfloat16)
     if native and (length == 1 or (dense and not slower)):
@@ -72,6 +75,9 @@ def softmax_attention(
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     dtype = dtype if dtype == torch.bfloat16 else torch.promote_types(dtype, torch.float32)
     inputs = (x.to(dtype) for x in (q, k, v))
+    if pattern is not None:
+        out, lse = patterned.forward(*inputs, scale, softcap, pattern.numbers(), cu_seqlens, key_mask)
+        return out.to(q.dtype), lse
     out, lse = _forward(*inputs, scale, softcap, causal, window, num_sinks, cu_seqlens, key_mask, return_lse)
     return out.to(q.dtype), lse
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops.dispatch import implements
+from zoo.ops.softmax_attention.pattern import Pattern
 
 
 @implements("softmax_attention", "reference")
@@ -21,6 +22,7 @@ def softmax_attention(
     softcap: float | None,
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
+    pattern: Pattern | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` as the public function documents them; lse is always there."""
@@ -42,6 +44,9 @@ def softmax_attention(
                 keys = keys[: position + 1]
             if window is not None:
                 keys = [j for p, j in enumerate(keys) if position - p < window or p < num_sinks]
+            if pattern is not None:
+                seen = pattern.visible(torch.tensor(position), torch.arange(len(keys)))
+                keys = [j for j, visible in zip(keys, seen.tolist(), strict=True) if visible]
             logits = scale * grouped[row, query] @ k[row, keys].permute(1, 2, 0)
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
