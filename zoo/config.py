@@ -416,9 +416,12 @@ def _check_defaults(defaults: dict) -> None:
             raise FieldError(join(path, "kind"), "is missing; `zoo describe --kinds` lists them")
         else:
             try:
-                hints = get_hints(kind_of(key, value["kind"]).config_class)
+                config_class = kind_of(key, value["kind"]).config_class
             except FieldError as error:
                 raise error.within(path) from None
+            if hasattr(config_class, "read"):  # its fields are not known before the whole is there
+                continue
+            hints = get_hints(config_class)
             for name, entry in value.items():
                 if name == "kind":
                     continue

@@ -86,6 +86,42 @@ def test_text_in_a_real_process(saved: Path) -> None:
     assert done.stdout.decode().startswith("é")
 
 
+WINDOWED = {
+    "lightning": {"mixer": {"kind": "lightning", "num_heads": 2}},
+    "softmax": {"mixer": {"kind": "attention", "num_heads": 2, "window": 16, "num_sinks": 2}},
+}
+
+
+def test_stream_context(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Within the window it is the text of generate(), then it goes on; a state that grows is refused."""
+    save_model(tmp_path, blocks=WINDOWED)
+    short = ["generate", str(tmp_path), "--prompt", "def", "--max-new-tokens", "9", "--temperature", "0"]
+    assert main(short) == 0
+    text = capsys.readouterr().out.rstrip("\n")
+    assert main([*short[:5], "60", *short[6:], "--stream-context"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and out.startswith(text)
+    for seed in ("1", "1"):
+        assert main([*short[:4], "--max-new-tokens", "30", "--seed", seed, "--stream-context"]) == 0
+    first = capsys.readouterr().out
+    assert first[: len(first) // 2] == first[len(first) // 2 :]
+    refused = fails(["generate", str(saved), "--prompt", "x", "--stream-context"], capsys)
+    assert refused == (
+        "--stream-context: the state of layer 2 (attention) grows with the text; it needs a window or a recurrent "
+        "mixer there"
+    )
+    refused = fails([*short, "--stream-context", "--no_stream"], capsys)
+    assert refused == "--stream-context: prints as it comes; remove --no_stream"
+
+
+def test_the_printer_forgets_what_it_has_written() -> None:
+    printer = TextPrinter(load_tokenizer("bytes"), io.StringIO())
+    printer.put(torch.tensor([[65]]))
+    for _ in range(1000):
+        printer.put(torch.tensor([66]))
+    assert len(printer.tokens) < 20 and printer.out.getvalue() == "B" * 1000
+
+
 class Writes(io.StringIO):
     def __init__(self) -> None:
         super().__init__()

@@ -52,10 +52,14 @@ GAPS = {
     },
 }
 
+# Kinds that no row can have, each with its reason.
+ELSEWHERE = {("mixer", "fla"): "another library's layers, which need a GPU (tests/blocks/test_fla.py has the adapter)"}
+
 # What a filled cell does not cover.
 LIMITS = (
+    *(f"no row has the {role} `{kind}`: {why}." for (role, kind), why in ELSEWHERE.items()),
     "backend: on the CPU: `torch`, and `triton` interpreted, in float32, for the subjects without softmax attention, "
-    "the delta rule or Infini-attention, which have no kernel of ours yet. `library` needs a GPU "
+    "the delta rule, Infini, landmark or hierarchical attention, which have no kernel of ours yet. `library` needs a GPU "
     "(benchmarks/gpu_suite.py).",
     "compile: aot_eager for every subject and inductor for one, without packed documents (the ops compile with them, "
     "but for infini_attention, which reads their bounds on the CPU).",

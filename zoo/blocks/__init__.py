@@ -3,6 +3,7 @@
 from zoo.blocks.attention import Attention, AttentionConfig
 from zoo.blocks.base import FeedForward, FeedForwardConfig, Mixer, MixerConfig, RouterStatistics
 from zoo.blocks.context import SequenceContext
+from zoo.blocks.fla import Fla, FlaConfig
 from zoo.blocks.gated_delta import GatedDelta, GatedDeltaConfig
 from zoo.blocks.hierarchical import Hierarchical, HierarchicalConfig
 from zoo.blocks.infini import Infini, InfiniConfig
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 register("attention", AttentionConfig, Attention)
+register("fla", FlaConfig, Fla)
 register("gated_delta", GatedDeltaConfig, GatedDelta)
 register("infini", InfiniConfig, Infini)
 register("hierarchical", HierarchicalConfig, Hierarchical)

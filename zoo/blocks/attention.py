@@ -42,6 +42,11 @@ from zoo.schema import Count, FieldError, Positive, Size
 if TYPE_CHECKING:
     from zoo.config import ZooConfig
 
+NO_CACHE_SINKS = (
+    "cache needs num_sinks, a window without dilation, and neither stride nor random; change these or remove it"
+)
+NO_CACHE_ROPE = "cache needs a rope whose angles do not change with the length; change rope or remove it"
+
 
 @dataclass(frozen=True, kw_only=True)
 class WindowGrowth:
@@ -138,7 +143,7 @@ class AttentionConfig(MixerConfig):
                 raise FieldError(name, "needs a window to stand outside of; give window too")
             if getattr(self, name) is not None and self.dilation > 1:
                 raise FieldError(name, f"does not go with dilation ({self.dilation}); remove one of them")
-        self._check_sink_positions()
+        self.check_sink_positions()
         rope = self.rope
         if rope is not None:
             try:
@@ -154,13 +159,14 @@ class AttentionConfig(MixerConfig):
             scale=head_dim**-0.5 if self.scale is None else self.scale,
         )
 
-    def _check_sink_positions(self) -> None:
+    def check_sink_positions(self) -> None:
+        """Raise FieldError where `sink_positions: cache` has no meaning."""
         if self.sink_positions == "text":
             return
         if self.window is None or not self.num_sinks or self.dilation > 1 or self.stride or self.random:
-            raise FieldError("sink_positions", "cache needs num_sinks and a window, and nothing else; got other fields")
+            raise FieldError("sink_positions", NO_CACHE_SINKS)
         if self.rope is None or self.rope.type == "longrope":
-            raise FieldError("sink_positions", "cache needs a rope whose angles do not change with the length")
+            raise FieldError("sink_positions", NO_CACHE_ROPE)
 
     def pattern(self, layer_idx: int) -> Pattern:
         """What the queries of one layer see."""

@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from zoo.blocks.base import FeedForward, FeedForwardConfig, Mixer, MixerConfig, Part
-from zoo.schema import FieldError, expected, from_mapping, get_hints, join, nearest, shown
+from zoo.schema import FieldError, check, expected, from_mapping, get_hints, join, nearest, shown
 
 if TYPE_CHECKING:
     from zoo.config import ZooConfig
@@ -106,7 +106,7 @@ class _Part:
         except FieldError as error:
             raise error.within(path) from None
         fields = {key: value for key, value in mapping.items() if key != "kind"}
-        return cls(kind.name, from_mapping(kind.config_class, fields, path))
+        return cls(kind.name, check(kind.config_class, fields, path))
 
     def resolve(self, model: ZooConfig, path: str) -> Self:
         """A copy whose config is resolved; its mistakes are reported below `path`."""

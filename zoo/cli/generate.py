@@ -8,31 +8,54 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
 import torch
 import transformers
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from zoo.cli.errors import CommandError
 from zoo.cli.options import Option
 from zoo.config import load_config
+from zoo.models.modeling import ZooForCausalLM
+from zoo.models.streaming import obstacle, stream
 from zoo.schema import Count, NonNegative, Share, Size
+
+MAX_NEW_TOKENS = 200
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("folder", type=str, metavar="DIR", help="The folder of a saved model.")
     parser.add_argument("--prompt", type=str, required=True, help="The text to continue.")
-    parser.add_argument("--max-new-tokens", type=Option(Size), default=200, help="Stop after so many tokens.")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=Option(Size | None),
+        default=None,
+        help="Stop after so many tokens (default: 200; with --stream-context never).",
+    )
     parser.add_argument("--temperature", type=Option(NonNegative), default=0.8, help="0 takes the likeliest token.")
     parser.add_argument(
         "--top-p", type=Option(Share), default=0.95, help="Sample from the likeliest tokens of this share."
     )
     parser.add_argument("--seed", type=Option(Count | None), default=None, help="The same seed gives the same text.")
     parser.add_argument("--stream", action=ActionYesNo, default=True, help="Print as it comes, or all at the end.")
+    parser.add_argument(
+        "--stream-context",
+        action="store_true",
+        help="Go on for ever at constant memory, through the end of the text; for windows and recurrent mixers.",
+    )
 
 
 def run(arguments: Namespace) -> None:
@@ -54,11 +77,14 @@ def run(arguments: Namespace) -> None:
     if arguments.temperature > 0:
         sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
     printer = TextPrinter(tokenizer, sys.stdout)
+    if arguments.stream_context:
+        stream_context(model, input_ids.to(model.device), sampling, arguments, printer)
+        return
     sys.stdout.write(arguments.prompt)
     output = model.generate(
         input_ids.to(model.device),
         attention_mask=torch.ones_like(input_ids, device=model.device),
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=arguments.max_new_tokens or MAX_NEW_TOKENS,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         streamer=printer if arguments.stream else None,
@@ -70,6 +96,40 @@ def run(arguments: Namespace) -> None:
         printer.end()
 
 
+def stream_context(
+    model: PreTrainedModel, input_ids: torch.Tensor, sampling: dict, arguments: Namespace, printer: TextPrinter
+) -> None:
+    """Print the text as it comes, for ever or for `max_new_tokens`, at constant memory.
+
+    Raises:
+        CommandError: the model's state grows.
+    """
+    if not isinstance(model, ZooForCausalLM):
+        raise CommandError("--stream-context: is for models of the zoo; `zoo import` makes one of this folder")
+    if (problem := obstacle(model)) is not None:
+        raise CommandError(f"--stream-context: {problem}")
+    if not arguments.stream:
+        raise CommandError("--stream-context: prints as it comes; remove --no_stream")
+    warpers = LogitsProcessorList()
+    if sampling["do_sample"]:
+        warpers += [TemperatureLogitsWarper(sampling["temperature"]), TopPLogitsWarper(sampling["top_p"])]
+
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        if not sampling["do_sample"]:
+            return logits.argmax(-1, keepdim=True)
+        scores = warpers(input_ids, logits.float())
+        return torch.multinomial(scores.softmax(-1), 1)
+
+    sys.stdout.write(arguments.prompt)
+    printer.put(input_ids)
+    try:
+        for token in islice(stream(model, input_ids, choose), arguments.max_new_tokens):
+            printer.put(token)
+    except KeyboardInterrupt:  # how one without end is ended
+        pass
+    printer.end()
+
+
 class TextPrinter(BaseStreamer):
     """Writes tokens as text as soon as their bytes are whole characters. The first call brings the prompt, which is
     not written."""
@@ -79,12 +139,13 @@ class TextPrinter(BaseStreamer):
         self.tokens: list[int] = []
         self.written = 0  # tokens whose text has been written
         self.context = 0  # decoding starts here: some tokenizers join a token to the one before it
+        self.prompted = False
 
     def put(self, value: torch.Tensor) -> None:
         """`value` is `[tokens]` or `[1, tokens]`."""
-        is_prompt = not self.tokens
         self.tokens += value.flatten().tolist()
-        if is_prompt:
+        if not self.prompted:
+            self.prompted = True
             self.written = len(self.tokens)
             self.context = max(0, self.written - 8)
         else:
@@ -104,7 +165,8 @@ class TextPrinter(BaseStreamer):
         if text and (is_last or not text.endswith("�")):
             self.out.write(text)
             self.out.flush()
-            self.context, self.written = self.written, len(self.tokens)
+            del self.tokens[: self.written]  # a text may have no end
+            self.context, self.written = 0, len(self.tokens)
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -12,6 +12,7 @@ INK, SOFT = "#1c2430", "#64748b"
 # The zoo's own kinds keep their colour from picture to picture; others take what is left, in order of appearance.
 COLOURS = {
     "attention": "#e07a2c",
+    "fla": "#5c677d",
     "gated_delta": "#d4526e",
     "infini": "#c98bdb",
     "hierarchical": "#c2185b",
