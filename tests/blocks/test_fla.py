@@ -113,7 +113,12 @@ def test_decoding_padding_and_packing(library: None) -> None:
 
 def test_a_meta_model_materialises(library: None) -> None:
     """Parameters that no module of theirs could fill again are drawn anew."""
-    config = {"vocab_size": 11, "hidden_size": 8, "pattern": "f", "blocks": {"f": {"mixer": {"kind": "fla", "layer": "running"}}}}
+    config = {
+        "vocab_size": 11,
+        "hidden_size": 8,
+        "pattern": "f",
+        "blocks": {"f": {"mixer": {"kind": "fla", "layer": "running"}}},
+    }
     torch.manual_seed(0)
     model = zoo.build(config)
     assert (model.model.layers[0].mixer.layer.A_log == 0.5).all()
@@ -129,7 +134,10 @@ def test_a_meta_model_materialises(library: None) -> None:
         ({}, "blocks.b.mixer.layer: is missing; give a layer of fla.layers, such as gla"),
         ({"layer": 3}, "blocks.b.mixer.layer: must be a text, got 3"),
         ({"layer": "runing"}, "blocks.b.mixer.layer: unknown layer 'runing'; did you mean 'running'?"),
-        ({"layer": "running", "gian": 1.0}, "blocks.b.mixer.gian: is no argument of fla's running; did you mean 'gain'?"),
+        (
+            {"layer": "running", "gian": 1.0},
+            "blocks.b.mixer.gian: is no argument of fla's running; did you mean 'gain'?",
+        ),
         ({"layer": "running", "hidden_size": 4}, "blocks.b.mixer.hidden_size: is the model's; remove it"),
     ],
 )

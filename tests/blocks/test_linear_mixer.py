@@ -14,7 +14,7 @@ from zoo.schema import FieldError
 
 
 def mixer(**fields):
-    return perturb(build_part(model_config(16, mixer={"kind": "linear", "num_heads": 2} | fields))).double()
+    return perturb(build_part(model_config(hidden_size=16, mixer={"kind": "linear", "num_heads": 2} | fields))).double()
 
 
 def similarity(feature_map: str, q: Tensor, k: Tensor, max_length: int) -> Tensor:
@@ -25,7 +25,7 @@ def similarity(feature_map: str, q: Tensor, k: Tensor, max_length: int) -> Tenso
     if feature_map == "relu":
         return products
     distance = torch.arange(q.shape[1])[:, None] - torch.arange(k.shape[1])
-    return products * torch.cos(math.pi / 2 * distance / max_length)
+    return products * torch.cos(math.pi / 2 * distance.double() / max_length)
 
 
 @pytest.mark.parametrize("feature_map", ["elu", "relu", "cosformer"])

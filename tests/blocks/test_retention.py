@@ -11,7 +11,7 @@ from zoo.blocks.retention import log_decays
 
 
 def mixer(**fields):
-    config = model_config(16, mixer={"kind": "retention", "num_heads": 2} | fields)
+    config = model_config(hidden_size=16, mixer={"kind": "retention", "num_heads": 2} | fields)
     return perturb(build_part(config)).double()
 
 

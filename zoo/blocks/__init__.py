@@ -18,8 +18,8 @@ from zoo.blocks.mlp import MLP, MLPConfig
 from zoo.blocks.moe import MoE, MoEConfig
 from zoo.blocks.none import NoFeedForwardConfig, NoMixerConfig
 from zoo.blocks.parallel import Parallel, ParallelConfig
-from zoo.blocks.registry import Kind, kind_of, kinds, register
 from zoo.blocks.performer import Performer, PerformerConfig
+from zoo.blocks.registry import Kind, kind_of, kinds, register
 from zoo.blocks.retention import Retention, RetentionConfig
 from zoo.blocks.rglru import RGLRU, RGLRUConfig
 from zoo.blocks.short_conv import ShortConv, ShortConvConfig

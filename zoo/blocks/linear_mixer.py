@@ -87,9 +87,7 @@ class NormalizedLinearAttention(Mixer):
         if state is None:
             out = ops.linear_attention(q, k, v, cu_seqlens=cu_seqlens)
         else:
-            out, new = ops.linear_attention(
-                q, k, v, initial_state=state["S"], return_state=True, cu_seqlens=cu_seqlens
-            )
+            out, new = ops.linear_attention(q, k, v, initial_state=state["S"], return_state=True, cu_seqlens=cu_seqlens)
             state.update(S=new)
         total = out[..., -1:]
         out = out[..., :-1] / total.masked_fill(total == 0, 1.0)

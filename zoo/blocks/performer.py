@@ -1,5 +1,5 @@
-"""Performer (Choromanski et al. 2020, arXiv:2009.14794): softmax attention estimated by positive random features, FAVOR+
-(lemma 1, section 2.4), causal (appendix B.1), with its normaliser.
+"""Performer (Choromanski et al. 2020, arXiv:2009.14794): softmax attention estimated by positive random features,
+FAVOR+ (lemma 1, section 2.4), causal (appendix B.1), with its normaliser.
 
     exp(q . k) = E_w [ exp(w . q - |q|^2 / 2) exp(w . k - |k|^2 / 2) ],   w ~ N(0, I)
     phi(x)_i = exp(w_i . x' - |x'|^2 / 2),   x' = x / D^(1/4),   i = 1 ... F

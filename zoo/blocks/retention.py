@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import initialization as init
 
 from zoo import ops
@@ -121,6 +121,6 @@ class Retention(Mixer):
         return batch * self.num_heads * self.head_dim * self.v_head_dim * 4
 
     def flops(self, batch: int, length: int) -> int:
-        projections: tuple[nn.Module, ...] = (self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.o_proj)
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.o_proj)
         weights = sum(p.weight.numel() for p in projections)
         return batch * length * (2 * weights + 4 * self.num_heads * self.head_dim * self.v_head_dim)

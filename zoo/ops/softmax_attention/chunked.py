@@ -57,7 +57,8 @@ def softmax_attention(
     if window is not None and window + num_sinks >= key_length:
         window = None
     # With another head_dim for v, torch falls back to an implementation that stores all logits.
-    native = pattern is None and cu_seqlens is None and window is None and not return_lse and q.shape[3] == v.shape[3] and softcap is None
+    limited = pattern is not None or window is not None or cu_seqlens is not None or softcap is not None
+    native = not limited and not return_lse and q.shape[3] == v.shape[3]
     dense = key_mask is None and (not causal or length == key_length)
     slower = q.device.type == "cpu" and (length > NATIVE_LENGTH or q.dtype == torch.bfloat16)
     if native and (length == 1 or (dense and not slower)):

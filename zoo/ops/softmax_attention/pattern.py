@@ -40,8 +40,9 @@ class Pattern:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.num_sinks < 0 or self.random_blocks < 0:
-            raise ValueError(f"num_sinks and random_blocks must be 0 or more, got {self.num_sinks}, {self.random_blocks}")
+        for name in ("num_sinks", "random_blocks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if (self.stride is not None or self.random_blocks) and (self.window is None or self.dilation > 1):
             raise ValueError("stride and random_blocks need a window, without dilation")
 
@@ -60,14 +61,12 @@ class Pattern:
 
     def numbers(self) -> list[int]:
         """For a torch operator, which takes no objects; `Pattern.of` reads them."""
-        fields = (self.window, self.num_sinks, self.dilation, self.stride, self.random_blocks, self.block_size)
-        return [*(-1 if field is None else field for field in fields), self.seed]
+        return [-1 if value is None else value for value in vars(self).values()]
 
     @classmethod
     def of(cls, numbers: list[int]) -> Pattern:
         """The inverse of `numbers`."""
-        *fields, seed = numbers
-        return cls(*(None if field == -1 else field for field in fields), seed)  # type: ignore[arg-type]
+        return cls(*(None if number == -1 else number for number in numbers))  # type: ignore[arg-type]
 
     def visible(self, own: Tensor, keys: Tensor) -> Tensor:
         """bool, where the query at `own` sees the key at `keys` (int64, broadcast against each other)."""
@@ -113,8 +112,9 @@ class Pattern:
         for i in range(self.random_blocks):
             last = blocks - self.random_blocks + i
             drawn = _hash(_hash(_hash(torch.full_like(blocks, self.seed)) ^ blocks) ^ i) % (last + 1).clamp_min(1)
-            taken = torch.stack([drawn == other for other in chosen]).any(0) if chosen else torch.zeros_like(drawn).bool()
-            chosen.append(torch.where(last < 0, -1, torch.where(taken, last, drawn)))
+            for other in tuple(chosen):
+                drawn = torch.where(drawn == other, last, drawn)  # never twice: no other has drawn `last`
+            chosen.append(torch.where(last < 0, -1, drawn))
         return torch.stack(chosen)
 
     def visible_pairs(self, length: int) -> int:
