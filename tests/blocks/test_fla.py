@@ -6,6 +6,7 @@ The library's own layers need a GPU; here stands one with the same interface (fl
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -40,7 +41,7 @@ class RunningSum(nn.Module):
         cu_seqlens = kwargs.get("cu_seqlens")
         if cu_seqlens is not None:
             bounds = cu_seqlens.tolist()
-            parts = [hidden_states[:, a:b].cumsum(1) for a, b in zip(bounds, bounds[1:], strict=False)]
+            parts = [hidden_states[:, a:b].cumsum(1) for a, b in pairwise(bounds)]
             sums = torch.cat(parts, 1)
         if last is not None:
             sums = sums + last["recurrent_state"] + 0 * last["conv_state"][0]
