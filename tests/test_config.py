@@ -71,7 +71,7 @@ def edited(path: str, value: object) -> dict:
 
 REMOVE = object()
 KNOWN = ", ".join(FIELDS)
-ATTENTION = "num_heads, num_kv_heads, head_dim, rope, window, num_sinks, qk_norm, bias, output_gate, output_bias, scale, softcap, sink_logits, concat_embeddings"
+ATTENTION = "num_heads, num_kv_heads, head_dim, rope, window, dilation, num_sinks, sink_positions, stride, random, qk_norm, bias, output_gate, output_bias, scale, softcap, sink_logits, concat_embeddings"
 
 # id, path, value, message
 MIXERS = ", ".join(kind.name for kind in kinds() if kind.role == "mixer")
