@@ -121,7 +121,7 @@ FIELD_MISTAKES = [
     ("type-bytes", "vocab_size", b"512", "vocab_size: must be a whole number, got b'512'"),
     # ranges
     ("range-zero", "hidden_size", 0, "hidden_size: must be a whole number >= 1, got 0"),
-    ("range-negative", "blocks.softmax.mixer.window", -1, "blocks.softmax.mixer.window: must be a whole number >= 1, got -1"),
+    ("range-negative", "blocks.softmax.mixer.window", -1, "blocks.softmax.mixer.window: must be a whole number >= 1 or a mapping or null, got -1"),
     ("range-huge", "vocab_size", 2**31, "vocab_size: must be <= 2147483647, got 2147483648"),
     ("range-digits", "vocab_size", 10**5000, "vocab_size: must be <= 2147483647, got a number of thousands of digits"),
     ("range-eps", "norm.eps", 0.0, "norm.eps: must be a number > 0, got 0.0"),
