@@ -16,7 +16,15 @@ MODELS = sorted(Path("configs/models").glob("*.yaml"))
 TRAIN = sorted(Path("configs/train").glob("*.yaml"))
 TINY = [path for path in MODELS if path.stem.endswith("-tiny")]
 STYLES = {"transformer", "minimax", "jamba", "mamba2"}
-KINDS = {"bigbird", "hierarchical", "infini", "landmark", "linear", "performer", "retention"}  # mixers that have a tiny model of their own
+KINDS = {
+    "bigbird",
+    "hierarchical",
+    "infini",
+    "landmark",
+    "linear",
+    "performer",
+    "retention",
+}  # mixers that have a tiny model of their own
 
 
 def test_no_file_is_left_out() -> None:

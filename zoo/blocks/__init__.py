@@ -43,8 +43,8 @@ __all__ = [
 register("attention", AttentionConfig, Attention)
 register("fla", FlaConfig, Fla)
 register("gated_delta", GatedDeltaConfig, GatedDelta)
-register("infini", InfiniConfig, Infini)
 register("hierarchical", HierarchicalConfig, Hierarchical)
+register("infini", InfiniConfig, Infini)
 register("kda", KDAConfig, KDA)
 register("landmark", LandmarkConfig, Landmark)
 register("lightning", LightningConfig, Lightning)
@@ -57,7 +57,6 @@ register("moe", MoEConfig, MoE)
 register("none", NoMixerConfig, Mixer)  # type: ignore[type-abstract]  # nothing builds it
 register("parallel", ParallelConfig, Parallel)
 register("none", NoFeedForwardConfig, FeedForward)  # type: ignore[type-abstract]
-register("none", NoFeedForwardConfig, Identity)
 register("performer", PerformerConfig, Performer)
 register("retention", RetentionConfig, Retention)
 register("rglru", RGLRUConfig, RGLRU)

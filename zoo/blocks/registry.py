@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from zoo.blocks.base import FeedForward, FeedForwardConfig, Mixer, MixerConfig, Part
-from zoo.schema import FieldError, check, expected, from_mapping, get_hints, join, nearest, shown
+from zoo.schema import FieldError, check, expected, get_hints, join, nearest, shown
 
 if TYPE_CHECKING:
     from zoo.config import ZooConfig
