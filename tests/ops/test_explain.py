@@ -80,6 +80,7 @@ def test_mistakes_are_named():
 
 def test_gradients_decide_too(monkeypatch):
     """What a library refuses only where gradients are wanted is refused by default, and for the GPU asked about."""
+    pytest.importorskip("zoo.ops.linear_attention.library")  # registers what refuses
     library = pytest.importorskip("zoo.ops.linear_attention.simple_gla")
     monkeypatch.setattr(dispatch, "_cannot_run", lambda op, name, device_type: None)
     monkeypatch.setattr(dispatch, "_automatic", lambda op, device_type: ["library", "torch"])

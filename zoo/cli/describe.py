@@ -196,7 +196,7 @@ def kinds() -> list[str]:
             lines += ["", heading] if lines else [heading]
             title = heading
         summary = (cls.__doc__ or "").strip().splitlines()[0]
-        lines.append(f"  {name:12}{summary}" if name else f"  {summary}")
+        lines.append(f"  {name:14}{summary}" if name else f"  {summary}")
         lines += [f"      {line}" for line in fields(cls)]
     return lines
 
