@@ -168,6 +168,10 @@ class AttentionConfig(MixerConfig):
         if self.rope is None or self.rope.type == "longrope":
             raise FieldError("sink_positions", NO_CACHE_ROPE)
 
+    @property
+    def varies_with_depth(self) -> bool:
+        return isinstance(self.window, WindowGrowth) or self.random is not None
+
     def pattern(self, layer_idx: int) -> Pattern:
         """What the queries of one layer see."""
         window = self.window.at(layer_idx) if isinstance(self.window, WindowGrowth) else self.window

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 class MixerConfig:
     """Base of every mixer's fields."""
 
+    @property
+    def varies_with_depth(self) -> bool:
+        """Whether two layers with these fields may cost differently."""
+        return False
+
     def resolve(self, model: ZooConfig) -> Self:
         """A copy with every default that depends on the model filled in.
 

@@ -41,6 +41,10 @@ class ParallelConfig(MixerConfig):
     input_scales: list[float] | None = None
     output_scales: list[float] | None = None
 
+    @property
+    def varies_with_depth(self) -> bool:
+        return any(branch.config.varies_with_depth for branch in self.branches)
+
     def resolve(self, model: ZooConfig) -> Self:
         if not self.branches:
             raise FieldError("branches", "is empty; give at least one mixer")

@@ -69,7 +69,7 @@ def rows(summary: Summary) -> Iterator[tuple[str, ...]]:
 
     for run in runs(summary.config.layers):
         name = run.layer.name if run.count == 1 else f"{run.layer.name} x {run.count}"
-        yield span(run.first, run.last), name, parts(run.layer), *figures(summary.blocks[run.layer.name] * run.count)
+        yield span(run.first, run.last), name, parts(run.layer), *figures(summary.blocks[run.key] * run.count)
     for name, cost in summary.shared.items():
         layer = next(layer for layer in summary.config.layers if layer.name == name)
         yield "", f"{name}, shared", parts(layer), *figures(cost)

@@ -59,10 +59,15 @@ class Run:
     def count(self) -> int:
         return self.last - self.first + 1
 
+    @property
+    def key(self) -> str:
+        """The block's name; with the layer's number where its cost depends on that."""
+        return f"{self.layer.name} {self.first}" if self.layer.mixer.config.varies_with_depth else self.layer.name
+
 
 @dataclass(frozen=True)
 class Summary:
-    """Costs of a model: `blocks` by name (one layer each), `shared` for the weights that all layers of a block share
+    """Costs of a model: `blocks` by Run.key (one layer each), `shared` for the weights that all layers of a block share
     (and that `blocks` leaves out), `ends` for embedding, final norm and output head."""
 
     config: ZooConfig
@@ -73,7 +78,7 @@ class Summary:
 
     @property
     def total(self) -> Cost:
-        layers = (self.blocks[run.layer.name] * run.count for run in runs(self.config.layers))
+        layers = (self.blocks[run.key] * run.count for run in runs(self.config.layers))
         return sum((*layers, *self.shared.values()), self.ends)
 
     def training_bytes(self, batch: int) -> dict[str, int]:
@@ -89,10 +94,14 @@ class Summary:
 
 
 def runs(layers: tuple[Layer, ...]) -> Iterator[Run]:
-    """The layers, with consecutive ones of the same block as one run."""
+    """The layers, with consecutive ones of the same block as one run, unless their cost depends on their depth."""
     first = 0
-    for _, group in groupby(layers, key=lambda layer: layer.name):
-        members = list(group)
+    named = (
+        (f"{layer.name} {i}" if layer.mixer.config.varies_with_depth else layer.name, layer)
+        for i, layer in enumerate(layers)
+    )
+    for _, group in groupby(named, key=lambda pair: pair[0]):
+        members = [layer for _, layer in group]
         yield Run(first, first + len(members) - 1, members[0])
         first += len(members)
 
@@ -103,9 +112,10 @@ def summarize(config: ZooConfig, length: int) -> Summary:
     Raises:
         OverflowError: a tensor would hold more bytes than 64 bits can count.
     """
-    layers = {layer.name: layer for layer in config.layers}
+    firsts = {run.key: run for run in reversed(list(runs(config.layers)))}
+    stream = config.stream_length(length)
     try:
-        costs = {name: _block_cost(layer, config, config.stream_length(length)) for name, layer in layers.items()}
+        costs = {key: _block_cost(run.layer, config, stream, run.first) for key, run in firsts.items()}
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise
@@ -116,20 +126,20 @@ def summarize(config: ZooConfig, length: int) -> Summary:
     params = norm + (matrix if config.tie_word_embeddings else 2 * matrix)
     params += 0 if config.landmark_block is None else config.hidden_size
     # Kept for the backward pass: the last layer's output, the final norm's output, and its gradient.
-    blocks = {name: layer for name, (layer, _) in costs.items()}
-    shared = {name: weights for name, (_, weights) in costs.items() if weights is not None}
+    blocks = {key: layer for key, (layer, _) in costs.items()}
+    shared = {firsts[key].layer.name: weights for key, (_, weights) in costs.items() if weights is not None}
     ends = Cost(params, params, 2 * length * matrix, 0, 3 * 4 * config.hidden_size)
     return Summary(config, length, blocks, shared, ends)
 
 
-def _block_cost(layer: Layer, config: ZooConfig, length: int) -> tuple[Cost, Cost | None]:
+def _block_cost(layer: Layer, config: ZooConfig, length: int, layer_idx: int) -> tuple[Cost, Cost | None]:
     """Of one layer, and of what it shares with the others of its block."""
     blocks: dict[str, Block] = {}
     with FakeTensorMode():
-        module = build_layer(layer, config, 0, blocks)
+        module = build_layer(layer, config, layer_idx, blocks)
         saved_bytes = _saved_bytes(module, [module, *blocks.values()], config.hidden_size)
     with torch.device("meta"):
-        module = build_layer(layer, config, 0, blocks := {}).to(torch.bfloat16)
+        module = build_layer(layer, config, layer_idx, blocks := {}).to(torch.bfloat16)
     for block in blocks.values():
         block.to(torch.bfloat16)
     parts = [part for part in (module.mixer, module.ffn) if part is not None]
