@@ -90,8 +90,8 @@ def document(found: dict[tuple[str, int], dict[str, Any]], wide: dict[str, dict[
         "",
         "## Real widths",
         "",
-        "Layers of published sizes, one of each kind, as wide as they are; with 1,000 tokens, and twice as many "
-        f"experts as a token goes through. Both models together took at most {peak_memory() / 2**30:.1f} GiB.",
+        "Layers of published sizes, one of each kind, as wide as they are; with a vocabulary of 1,000, and twice as "
+        f"many experts as a token goes through. Both models together took at most {peak_memory() / 2**30:.1f} GiB.",
         "",
         _row("size", "layers", "parameters", "full", "cached"),
         _row(*["---"] * 5),

@@ -16,7 +16,7 @@ from tests.models.families.parity import CASES, CONFIGS, close, ids, theirs
 from zoo.config import load_config
 from zoo.models.families import FAMILIES, FamilyError, base
 from zoo.models.families.checkpoint import read_config
-from zoo.models.families.convert import family_of
+from zoo.models.families.convert import family_of, saved_tensors, whole
 
 RELEASED = Path(__file__).parent / "released"
 
@@ -448,3 +448,16 @@ def test_the_layout_of_mamba_ssm(family, index, config, tmp_path):
 def _padded_to(vocab_size, net):
     net.resize_token_embeddings(vocab_size)
     return net
+
+
+def test_a_reader_that_leaves_tensors_out_or_brings_others_is_caught():
+    """Whatever goes wrong on the way, memory that nobody wrote is never a model."""
+    model = zoo.from_hf(theirs("llama", 0))
+    given = list(saved_tensors(model).items())
+    assert list(whole(model, iter(given))) == given
+    name, tensor = given[3]
+    with pytest.raises(FamilyError, match=f"nothing gave {name}"):
+        list(whole(model, iter(given[:3] + given[4:])))
+    for wrong in ((name, tensor[:-1]), ("model.more", tensor), given[2]):
+        with pytest.raises(FamilyError, match="has no place in the model"):
+            list(whole(model, iter([*given[:3], wrong])))

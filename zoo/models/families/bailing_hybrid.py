@@ -12,12 +12,9 @@ from zoo.config import ZooConfig
 from zoo.models.families import parts
 from zoo.models.families.base import Family, Fields, Form, Names
 from zoo.models.families.deepseek_v3 import MLA, MLA_NAMES
+from zoo.models.families.kimi_linear import layer_fields, layers
 from zoo.models.families.olmo_hybrid import conv
-from zoo.pattern import spell
 
-MIXERS = {"linear_attention": "kda", "full_attention": "mla"}
-KINDS = {kind: name for name, kind in MIXERS.items()}
-FFNS = {"dense": "_dense", "sparse": ""}
 LATENT = {ours: theirs for ours, theirs in MLA.items() if ours != "q_lora_rank"}
 
 
@@ -37,21 +34,11 @@ def read(fields: Fields) -> dict[str, Any]:
     rope = parts.rope(fields) | {"interleaved": True}
     mla = {"kind": "mla", "rope": rope, "output_gate": True} | {ours: fields(theirs) for ours, theirs in LATENT.items()}
     mixers = {"kda": kda, "mla": mla}
-    experts = parts.experts(fields, "num_experts", fields("norm_topk_prob"), "moe_intermediate_size")
-    routed = {"num_shared_experts": fields("n_shared_experts"), "router": parts.sigmoid_router(fields)}
-    ffns = {"": experts | routed, "_dense": parts.mlp(fields)}
-    layers = zip(fields("layer_types"), fields("mlp_layer_types"), strict=True)
-    names = [MIXERS[mixer] + FFNS[ffn] for mixer, ffn in layers]
-    blocks = {m + f: {"mixer": mixers[m], "ffn": ffns[f]} for m in mixers for f in ffns if m + f in names}
-    return {"norm": {"eps": fields("rms_norm_eps")}, "blocks": blocks, "pattern": spell(names)}
+    return layers(fields, mixers)
 
 
 def write(model: ZooConfig) -> dict[str, Any]:
-    fields = {
-        "rms_norm_eps": model.norm_config.eps,
-        "layer_types": [KINDS[layer.mixer.kind] for layer in model.layers],
-        "mlp_layer_types": ["sparse" if layer.ffn.kind == "moe" else "dense" for layer in model.layers],
-    }
+    fields = layer_fields(model)
     if parts.layers_with(model, "kda"):
         kda = parts.first(model, "kda")
         fields |= {
@@ -66,13 +53,6 @@ def write(model: ZooConfig) -> dict[str, Any]:
         fields |= {theirs: getattr(mla, ours) for ours, theirs in LATENT.items()}
         fields["num_key_value_heads"] = mla.num_heads
         fields["rope_parameters"] = parts.rope_fields(mla.rope, mla.qk_rope_head_dim)
-    if parts.layers_with(model, "moe"):
-        moe = parts.first(model, "moe")
-        fields |= parts.expert_fields(moe, "num_local_experts", "moe_intermediate_size")
-        fields |= parts.sigmoid_router_fields(moe)
-        fields |= {"n_shared_experts": moe.num_shared_experts, "norm_topk_prob": moe.renormalize}
-    if parts.layers_with(model, "mlp"):
-        fields["intermediate_size"] = parts.first(model, "mlp").intermediate_size
     return fields
 
 

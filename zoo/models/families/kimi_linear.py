@@ -55,21 +55,22 @@ def read(fields: Fields) -> dict[str, Any]:
         "conv_kernel": fields("linear_conv_kernel_dim"),
     }
     mixers = {"kda": kda, "mla": {"kind": "mla", "rope": None} | {ours: fields(theirs) for ours, theirs in MLA.items()}}
+    return layers(fields, mixers)
+
+
+def layers(fields: Fields, mixers: dict[str, Any]) -> dict[str, Any]:
+    """Norm, blocks and pattern of a model whose layers have one of `mixers` each, and experts or an MLP."""
     experts = parts.experts(fields, "num_experts", fields("norm_topk_prob"), "moe_intermediate_size")
     routed = {"num_shared_experts": fields("n_shared_experts"), "router": parts.sigmoid_router(fields)}
     ffns = {"": experts | routed, "_dense": parts.mlp(fields)}
-    layers = zip(fields("layer_types"), fields("mlp_layer_types"), strict=True)
-    names = [MIXERS[mixer] + FFNS[ffn] for mixer, ffn in layers]
+    types = zip(fields("layer_types"), fields("mlp_layer_types"), strict=True)
+    names = [MIXERS[mixer] + FFNS[ffn] for mixer, ffn in types]
     blocks = {m + f: {"mixer": mixers[m], "ffn": ffns[f]} for m in mixers for f in ffns if m + f in names}
     return {"norm": {"eps": fields("rms_norm_eps")}, "blocks": blocks, "pattern": spell(names)}
 
 
 def write(model: ZooConfig) -> dict[str, Any]:
-    fields = {
-        "rms_norm_eps": model.norm_config.eps,
-        "layer_types": [KINDS[layer.mixer.kind] for layer in model.layers],
-        "mlp_layer_types": ["sparse" if layer.ffn.kind == "moe" else "dense" for layer in model.layers],
-    }
+    fields = layer_fields(model)
     if parts.layers_with(model, "kda"):
         kda = parts.first(model, "kda")
         fields |= {
@@ -80,6 +81,16 @@ def write(model: ZooConfig) -> dict[str, Any]:
     if parts.layers_with(model, "mla"):
         mla = parts.first(model, "mla")
         fields |= {theirs: getattr(mla, ours) for ours, theirs in MLA.items()} | {"num_key_value_heads": mla.num_heads}
+    return fields
+
+
+def layer_fields(model: ZooConfig) -> dict[str, Any]:
+    """The inverse of `layers`."""
+    fields = {
+        "rms_norm_eps": model.norm_config.eps,
+        "layer_types": [KINDS[layer.mixer.kind] for layer in model.layers],
+        "mlp_layer_types": ["sparse" if layer.ffn.kind == "moe" else "dense" for layer in model.layers],
+    }
     if parts.layers_with(model, "moe"):
         moe = parts.first(model, "moe")
         fields |= parts.expert_fields(moe, "num_local_experts", "moe_intermediate_size")
