@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import pytest
 from torch import Tensor
 
-from tests.conformance.matrix import DOCUMENT, INVARIANTS, Matrix, reason
-from tests.conformance.subjects import SUBJECTS
+from tests.conformance.matrix import DOCUMENT, INVARIANTS, PAIR, Matrix, reason
+from tests.conformance.subjects import PAIRS, SUBJECTS
 from tests.ops.helpers import relative_error
 
 _matrix = Matrix()
@@ -22,6 +22,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "subject" in metafunc.fixturenames:
         invariant = _invariant(metafunc.module.__name__)
         metafunc.parametrize("subject", [name for name in SUBJECTS if reason(invariant, name) is None])
+    if PAIR in metafunc.fixturenames:
+        metafunc.parametrize(PAIR, list(PAIRS))
 
 
 def _invariant(module: str) -> str:
@@ -58,9 +60,9 @@ def measure(request: pytest.FixtureRequest) -> Iterable[Measure]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item):
     report = yield
-    subject = getattr(item, "callspec", None) and item.callspec.params.get("subject")
-    invariant = _invariant(item.module.__name__)
-    if subject and invariant in INVARIANTS:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    subject, invariant = params.get("subject", params.get(PAIR)), _invariant(item.module.__name__)
+    if subject and invariant in (*INVARIANTS, PAIR):
         report.user_properties.append(("cell", (invariant, subject)))
     return report
 

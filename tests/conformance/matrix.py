@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.conformance.subjects import SUBJECTS, new_layers
+from tests.conformance.subjects import ELSEWHERE, PAIRS, SUBJECTS, new_layers
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "conformance.md"
 
@@ -31,6 +31,8 @@ INVARIANTS = {
     "state": "reorder, repeat, select, offload, save and load, fork and reset change nothing",
 }
 
+PAIR = "pair"  # what one kind of mixer may break for another: a table of its own
+
 # What of a layer can change the outcome of checks that take long; a layer that brings none of it anew is not run again.
 PARTS = {
     "precision": lambda layer: (layer.mixer,) if layer.mixer.kind != "none" else (),
@@ -51,9 +53,6 @@ GAPS = {
         if not new_layers(subject, PARTS["compile"])
     },
 }
-
-# Kinds that no row can have, each with its reason.
-ELSEWHERE = {("mixer", "fla"): "another library's layers, which need a GPU (tests/blocks/test_fla.py has the adapter)"}
 
 # What a filled cell does not cover.
 LIMITS = (
@@ -104,6 +103,10 @@ class Matrix:
                     problems.append(f"{invariant} of {subject} did not run")
                 elif cell is not None and not cell.passed:
                     problems.append(f"{invariant} of {subject} failed")
+        for pair in PAIRS:
+            cell = self.cells.get((PAIR, pair))
+            if cell is None or not cell.passed:
+                problems.append(f"{pair} {'did not run' if cell is None else 'failed'}")
         return problems
 
     def write(self) -> None:
@@ -136,6 +139,15 @@ class Matrix:
             _row("---", "---", "---"),
             *(_row(name, text, self._bound(name)) for name, text in INVARIANTS.items()),
             "",
+            "## Pairs",
+            "",
+            "Every kind of mixer beside every other, in one stack `a b a` (the row is the first): causal; odd chunks, then "
+            "tokens, with the rows in another order; a padded batch, whole and in chunks; packed documents, with "
+            "gradients; each layer by itself. The worst relative error. A kind goes through the settings of its rows "
+            "from partner to partner.",
+            "",
+            *self.pairs(),
+            "",
             "## Gaps",
             "",
             *(
@@ -145,6 +157,15 @@ class Matrix:
             *(f"- {limit}" for limit in LIMITS),
         ]
         return "\n".join(lines) + "\n"
+
+    def _pairs(self) -> list[str]:
+        """The lines of the table, a row for each kind and a column for each partner after it."""
+        kinds = list(dict.fromkeys(kind for pair in PAIRS for kind in pair.split(" + ")))
+        lines = [_row(PAIR, *kinds[1:]), _row(*["---"] * len(kinds))]
+        for a in kinds[:-1]:
+            pairs = [f"{a} + {b}" for b in kinds[1:]]
+            lines.append(_row(a, *(self._text(PAIR, pair) if pair in PAIRS else "" for pair in pairs)))
+        return lines
 
     def _text(self, invariant: str, subject: str) -> str:
         cell = self.cells.get((invariant, subject))

@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 import zoo
-from tests.conformance.subjects import HIDDEN_SIZE, SUBJECTS
+from tests.conformance.subjects import HIDDEN_SIZE, PAIRS, SUBJECTS
 from zoo.blocks import Mixer, SequenceContext, State
 from zoo.models import ZooCache, ZooModel
 
 
 def build(subject: str, dtype: torch.dtype = torch.float64) -> ZooModel:
-    """The decoder of `subject`, all that is saved moved at random from where it starts (zeros and ones hide mistakes).
+    """The decoder of `subject` (or pair), all that is saved moved at random from where it starts (zeros and ones hide
+    mistakes).
 
     In float64 the rates and decays are float64 too, so that what a comparison shows is not their rounding.
     """
     torch.manual_seed(0)
-    model = zoo.build(SUBJECTS[subject]).model.eval()
+    model = zoo.build((SUBJECTS | PAIRS)[subject]).model.eval()
     for tensor in model.state_dict().values():
         tensor += 0.2 * torch.randn_like(tensor)
     model = model.to(dtype)

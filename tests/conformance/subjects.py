@@ -4,9 +4,11 @@ mixed stacks. A new kind is one more row here; test_document.py fails while it h
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import zoo
+from zoo.blocks import kinds
 from zoo.config import Layer
 
 VOCAB_SIZE, HIDDEN_SIZE = 61, 32
@@ -251,6 +253,36 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "all-sandwich": _stack(ALL_PATTERN, ALL_KINDS, residual={"kind": "sandwich"}, norm={"zero_centered": True}),
     "all-parallel": _stack(ALL_PATTERN, ALL_KINDS, residual={"kind": "parallel"}),
 }
+
+
+# Kinds that no row can have, each with its reason.
+ELSEWHERE = {("mixer", "fla"): "another library's layers, which need a GPU (tests/blocks/test_fla.py has the adapter)"}
+
+
+def _settings() -> dict[str, list[dict[str, Any]]]:
+    """Of each kind of mixer, the settings that it has in rows of its own."""
+    found: dict[str, list[dict[str, Any]]] = {
+        kind.name: [] for kind in kinds() if kind.role == "mixer" and (kind.role, kind.name) not in ELSEWHERE
+    }
+    del found["none"]
+    for mapping in SUBJECTS.values():
+        mixers = [block.get("mixer") for block in mapping["blocks"].values()]
+        if len(mixers) == 1 and mixers[0] not in found[mixers[0]["kind"]]:
+            found[mixers[0]["kind"]].append(mixers[0])
+    return {kind: settings for kind, settings in found.items() if settings}  # test_document.py names a kind without
+
+
+def _pairs() -> dict[str, dict[str, Any]]:
+    """Every kind of mixer beside every other, `a b a`. A kind goes through its settings from partner to partner."""
+    settings, pairs = _settings(), {}
+    for i, j in combinations(range(len(settings)), 2):
+        (a, a_settings), (b, b_settings) = list(settings.items())[i], list(settings.items())[j]
+        blocks = {"a": {"mixer": a_settings[j % len(a_settings)]}, "b": {"mixer": b_settings[i % len(b_settings)]}}
+        pairs[f"{a} + {b}"] = _stack("a b a", blocks, defaults={"ffn": MLP})
+    return pairs
+
+
+PAIRS = _pairs()
 
 
 def new_layers(subject: str, parts: Callable[[Layer], tuple]) -> list[int]:

@@ -3,8 +3,8 @@
 import pytest
 
 import zoo
-from tests.conformance.matrix import DOCUMENT, ELSEWHERE, GAPS, INVARIANTS
-from tests.conformance.subjects import SUBJECTS
+from tests.conformance.matrix import DOCUMENT, GAPS, INVARIANTS, Matrix
+from tests.conformance.subjects import ELSEWHERE, SUBJECTS
 from zoo.blocks import kinds
 
 
@@ -33,3 +33,4 @@ def test_the_document_is_that_of_this_matrix(request: pytest.FixtureRequest) -> 
     for subject, cells in rows.items():
         for invariant, cell in zip(INVARIANTS, cells, strict=True):
             assert (cell == "gap") == ((invariant, subject) in GAPS or (invariant, "*") in GAPS), remedy
+    assert f"\n{Matrix().pairs()[0]}\n" in DOCUMENT.read_text(), remedy
