@@ -141,8 +141,8 @@ class Matrix:
             "",
             "## Pairs",
             "",
-            "Every kind of mixer beside every other, in one stack `a b a` (the row is the first): causal; odd chunks, then "
-            "tokens, with the rows in another order; a padded batch, whole and in chunks; packed documents, with "
+            "Every kind of mixer beside every other, in one stack `a b a` (the row is the first): causal; odd chunks, "
+            "then tokens, with the rows in another order; a padded batch, whole and in chunks; packed documents, with "
             "gradients; each layer by itself. The worst relative error. A kind goes through the settings of its rows "
             "from partner to partner.",
             "",
@@ -158,7 +158,7 @@ class Matrix:
         ]
         return "\n".join(lines) + "\n"
 
-    def _pairs(self) -> list[str]:
+    def pairs(self) -> list[str]:
         """The lines of the table, a row for each kind and a column for each partner after it."""
         kinds = list(dict.fromkeys(kind for pair in PAIRS for kind in pair.split(" + ")))
         lines = [_row(PAIR, *kinds[1:]), _row(*["---"] * len(kinds))]
