@@ -71,7 +71,7 @@ def edited(path: str, value: object) -> dict:
 
 REMOVE = object()
 KNOWN = ", ".join(FIELDS)
-ATTENTION = "num_heads, num_kv_heads, head_dim, rope, window, dilation, num_sinks, sink_positions, stride, random, qk_norm, bias, output_gate, output_bias, scale, softcap, sink_logits, concat_embeddings"
+ATTENTION = "num_heads, num_kv_heads, head_dim, rope, window, dilation, num_sinks, sink_positions, stride, random, global_token_ids, qk_norm, bias, output_gate, output_bias, scale, softcap, sink_logits, concat_embeddings"
 
 # id, path, value, message
 MIXERS = ", ".join(kind.name for kind in kinds() if kind.role == "mixer")
@@ -117,11 +117,11 @@ FIELD_MISTAKES = [
     ("type-defaults", "defaults", [], "defaults: must be a mapping, got []"),
     ("type-defaults-ffn", "defaults.ffn", None, "defaults.ffn: must be a mapping, got null"),
     ("type-pattern", "pattern", 8, "pattern: must be a text or a list, each entry a text, got 8"),
-    ("type-pattern-entry", "pattern", ["softmax", 8], "pattern: must be a text or a list, each entry a text, got ['softmax', 8]"),
+    ("type-pattern-entry", "pattern", ["softmax", 8], "pattern[1]: must be a text, got 8"),
     ("type-bytes", "vocab_size", b"512", "vocab_size: must be a whole number, got b'512'"),
     # ranges
     ("range-zero", "hidden_size", 0, "hidden_size: must be a whole number >= 1, got 0"),
-    ("range-negative", "blocks.softmax.mixer.window", -1, "blocks.softmax.mixer.window: must be a whole number >= 1 or a mapping or null, got -1"),
+    ("range-negative", "blocks.softmax.mixer.window", -1, "blocks.softmax.mixer.window: must be a whole number >= 1 or a mapping or a list, each entry (a whole number >= 1 or null) or null, got -1"),
     ("range-huge", "vocab_size", 2**31, "vocab_size: must be <= 2147483647, got 2147483648"),
     ("range-digits", "vocab_size", 10**5000, "vocab_size: must be <= 2147483647, got a number of thousands of digits"),
     ("range-eps", "norm.eps", 0.0, "norm.eps: must be a number > 0, got 0.0"),

@@ -21,6 +21,7 @@ KINDS = {
     "infini",
     "landmark",
     "linear",
+    "longformer",
     "performer",
     "retention",
 }  # mixers that have a tiny model of their own

@@ -88,7 +88,8 @@ def expected(annotation: Any) -> str:
             " or null" if type(None) in arguments else ""
         )
     if origin is list:
-        return f"a list, each entry {expected(arguments[0])}"
+        entry = expected(arguments[0])
+        return f"a list, each entry {f'({entry})' if ' or ' in entry else entry}"
     if dataclasses.is_dataclass(annotation):
         return "a mapping"
     if annotation not in _NAMES:
@@ -127,6 +128,8 @@ def check(annotation: Any, value: Any, path: str) -> Any:
         members = [a for a in arguments if a is not type(None)]
         if isinstance(value, Mapping):  # so that a mistake inside it is named
             members = [member for member in members if dataclasses.is_dataclass(member)] or members
+        if isinstance(value, list | tuple):  # likewise
+            members = [member for member in members if get_origin(member) is list] or members
         if len(members) == 1:
             return check(members[0], value, path)
         for member in members:

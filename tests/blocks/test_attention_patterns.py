@@ -33,6 +33,19 @@ def test_a_window_that_grows() -> None:
         assert grown.flops(1, 40) == plain.flops(1, 40) and grown.state_bytes(1, 40) == plain.state_bytes(1, 40)
 
 
+@pytest.mark.parametrize("more", [{}, {"num_sinks": 2}, {"stride": 4}, {"dilation": 2}], ids=str)
+def test_a_window_for_each_layer(more: dict) -> None:
+    """Where it is null nothing stands outside; the whole model's list is given, whatever the layers between."""
+    x = random_input(1, 40, 16, dtype=torch.float64)
+    for layer, window in enumerate([3, None, 8]):
+        listed = mixer(layer, 3, window=[3, None, 8], **more)
+        has_outside = window is not None or "dilation" in more
+        plain = mixer(layer, 3, window=window, **(more if has_outside else {}))
+        assert_close(listed(x, SequenceContext.of(x)), plain(x, SequenceContext.of(x)), tolerance=1e-12)
+        assert listed.flops(1, 40) == plain.flops(1, 40) and listed.state_bytes(1, 40) == plain.state_bytes(1, 40)
+        assert listed.config.varies_with_depth
+
+
 def test_random_blocks_differ_from_layer_to_layer() -> None:
     fields = {"window": 4, "random": {"blocks": 1, "block_size": 4, "seed": 7}}
     assert mixer(1, 2, **fields).pattern.seed == 8
@@ -87,7 +100,16 @@ def test_sinks_stand_where_the_cache_holds_them() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"window": -1}, "mixer.window: must be a whole number >= 1 or a mapping or null, got -1"),
+        (
+            {"window": -1},
+            "mixer.window: must be a whole number >= 1 or a mapping or a list, each entry (a whole number >= 1 or "
+            "null) or null, got -1",
+        ),
+        ({"window": [4, 5]}, "mixer.window: must have an entry for each of the model's 1 layers, got 2"),
+        ({"window": []}, "mixer.window: must have an entry for each of the model's 1 layers, got 0"),
+        ({"window": [-4]}, "mixer.window[0]: must be a whole number >= 1, got -4"),
+        ({"window": [True]}, "mixer.window[0]: must be a whole number, got true"),
+        ({"window": [4], "num_sinks": 1, "sink_positions": "cache"}, "change these or remove it"),
         ({"window": {"start": 4}}, "mixer.window.growth: is missing; give a number > 0"),
         ({"window": {"start": 4, "growth": 2.0, "max": 9}}, "mixer.window.max: unknown key; known: start, growth, cap"),
         ({"window": {"start": 0, "growth": 2.0}}, "mixer.window.start: must be a whole number >= 1, got 0"),
@@ -98,8 +120,8 @@ def test_sinks_stand_where_the_cache_holds_them() -> None:
         ({"window": 4, "random": {}}, "mixer.random.blocks: is missing; give a whole number >= 1"),
         (
             {"window": 4, "sink_positions": "cache"},
-            "mixer.sink_positions: cache needs num_sinks, a window without dilation, and neither stride nor random; "
-            "change these or remove it",
+            "mixer.sink_positions: cache needs num_sinks, one window without dilation, and no stride, random or "
+            "global_token_ids; change these or remove it",
         ),
         (
             {"window": 4, "num_sinks": 2, "sink_positions": "cache", "rope": None},

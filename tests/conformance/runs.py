@@ -36,6 +36,21 @@ def inputs(batch: int, length: int, dtype: torch.dtype = torch.float64, seed: in
     return torch.randn(batch, length, HIDDEN_SIZE, dtype=dtype, generator=generator)
 
 
+def token_ids(x: Tensor) -> Tensor:
+    """An id for each embedding, for mixers that ask: a fifth are 0 or 1, which are global, the others 2."""
+    return (x[..., 0] < 0.8).long() + (x[..., 0] < 1.2).long()
+
+
+def context_of(x: Tensor) -> SequenceContext:
+    """The context of a mixer or layer that is run by itself."""
+    return SequenceContext.of(x, token_ids=token_ids(x))
+
+
+def given(model: ZooModel, x: Tensor) -> dict[str, Tensor | None]:
+    """What a model takes embeddings as."""
+    return {"inputs_embeds": x, "input_ids": token_ids(x) if model.reads_token_ids else None}
+
+
 def mix(mixer: Mixer, x: Tensor, context: SequenceContext, state: State | None = None) -> Tensor:
     """A mixer by itself; one that reads the embeddings beside the stream gets x for both."""
     return mixer(torch.cat([x, x], -1) if mixer.reads_embeddings else x, context, state)
@@ -43,7 +58,7 @@ def mix(mixer: Mixer, x: Tensor, context: SequenceContext, state: State | None =
 
 def forward(model: ZooModel, x: Tensor, **arguments: object) -> Tensor:
     """The last hidden state of embeddings `x`."""
-    return model(inputs_embeds=x, **arguments).last_hidden_state
+    return model(**given(model, x), **arguments).last_hidden_state
 
 
 def chunked(

@@ -43,6 +43,9 @@ DILATED = {**WINDOW, "window": 4, "dilation": 3, "num_sinks": 2}
 DILATED_ALL = {**WINDOW, "window": None, "dilation": 4}
 STRIDED = {**WINDOW, "stride": 4, "softcap": 1.5}
 RANDOM = {**WINDOW, "window": 3, "num_sinks": 1, "stride": 9, "random": {"blocks": 2, "block_size": 4, "seed": 1}}
+WINDOW_LIST = {**WINDOW, "window": [4, 9, None], "num_sinks": 1}
+GLOBAL = {**WINDOW, "global_token_ids": [0]}
+GLOBAL_SINKS = {**SINKS, "global_token_ids": [1, 0], "sink_logits": True, "rope": {"theta": 50.0}}
 GEMMA = {**WINDOW, "scale": 0.4, "softcap": 1.5}
 OLMO2 = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "qk_norm": "projection"}
 LONGROPE = {
@@ -148,6 +151,11 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "attention-dilated-all": _alone(DILATED_ALL, MLP),
     "attention-strided": _alone(STRIDED, MLP),
     "attention-random": _alone(RANDOM, MLP),
+    "attention-window-list": _stack(
+        "list mamba list", {"list": {"mixer": WINDOW_LIST, "ffn": MLP}, "mamba": {"mixer": MAMBA}}
+    ),
+    "attention-global": _alone(GLOBAL, MLP),
+    "attention-global-sinks": _alone(GLOBAL_SINKS, MLP),
     "attention-softcap": _alone(GEMMA, GEGLU),
     "attention-sink-logits": _alone({**WINDOW, "sink_logits": True}, CLAMPED_MOE),
     "attention-qk-norm-projection": _alone(OLMO2, MLP),

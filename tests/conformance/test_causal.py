@@ -1,8 +1,7 @@
 import torch
 
 from tests.conformance.conftest import Measure
-from tests.conformance.runs import build, forward, inputs, mix
-from zoo.blocks import SequenceContext
+from tests.conformance.runs import build, context_of, forward, inputs, mix
 
 LENGTH = 70  # over the chunk of every op
 
@@ -24,7 +23,7 @@ def test_every_mixer_carries_a_token_to_the_next(subject: str) -> None:
     model, x = build(subject), inputs(1, 8)
     changed = x.clone()
     changed[:, 3] = -2 * x[:, 3]  # twice, as short_conv multiplies the token by itself
-    context = SequenceContext.of(x)
+    context = context_of(x)
     for layer in model.layers:
         if layer.mixer is not None:
             difference = (mix(layer.mixer, changed, context) - mix(layer.mixer, x, context)).norm(dim=-1)[0]

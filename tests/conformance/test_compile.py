@@ -3,9 +3,9 @@ import torch
 
 from tests.conformance.conftest import Measure
 from tests.conformance.matrix import PARTS
-from tests.conformance.runs import build, inputs, probe
+from tests.conformance.runs import build, context_of, inputs, probe
 from tests.conformance.subjects import new_layers
-from zoo.blocks import RouterStatistics, SequenceContext
+from zoo.blocks import RouterStatistics
 from zoo.models.decoder import DecoderLayer
 
 INDUCTOR = "mamba"  # the C++ compiler takes long: one subject stands for all
@@ -17,7 +17,7 @@ def forget_graphs() -> None:
 
 
 def results(layer: DecoderLayer, forward, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    out, *router = forward(x, SequenceContext.of(x))
+    out, *router = forward(x, context_of(x))
     loss = probe(out) + RouterStatistics(*router).probabilities.square().sum() if router else probe(out)
     named = {"input": x, **dict(layer.named_parameters())}
     return {"output": out, **dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))}

@@ -1,6 +1,6 @@
 import torch
 
-from tests.conformance.runs import build, forward, inputs
+from tests.conformance.runs import build, forward, given, inputs
 from zoo import ops
 
 
@@ -10,7 +10,7 @@ def test_the_reference_passes_gradcheck(subject: str) -> None:
 
     def run(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         weights = dict(zip(named, parameters, strict=True))
-        return torch.func.functional_call(model, weights, kwargs={"inputs_embeds": x}).last_hidden_state
+        return torch.func.functional_call(model, weights, kwargs=given(model, x)).last_hidden_state
 
     assert forward(model, x).dtype == torch.float64
     with ops.backend("reference"):

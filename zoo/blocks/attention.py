@@ -4,9 +4,10 @@
     o_t = sum_j softmax_j(s * q_t . k_j) v_j     over the visible j <= t; s is 1/sqrt(D) unless `scale` is given
     y = W_o (o)                                  with output_gate: W_o (sigmoid(W_g x) * o)
 
-Which keys are visible is a Pattern (zoo/ops/softmax_attention/pattern.py): a window, which may grow with depth, dilated
-or not, sinks, a stride, random blocks. With `sink_positions: cache` a sink never seems further away than it stands in
-StreamingLLM's cache: to the sinks alone, the query at t is turned as at min(t, num_sinks + window - 1).
+Which keys are visible is a Pattern (zoo/ops/softmax_attention/pattern.py): a window, which may change with depth,
+dilated or not, sinks, a stride, random blocks. Beside a window, tokens of given ids may be visible to every later query
+(global_tokens.py). With `sink_positions: cache` a sink never seems further away than it stands in StreamingLLM's cache:
+to the sinks alone, the query at t is turned as at min(t, num_sinks + window - 1).
 
 With softcap c the logits are c tanh(s q_t . k_j / c) (Gemma 2, arXiv:2408.00118, section 2). With qk_norm q and k are
 normalised before the rotation, each head by itself (Qwen3, arXiv:2505.09388) or all of them as one vector (OLMo 2,
@@ -29,8 +30,10 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from zoo import ops
+from zoo.blocks import global_tokens
 from zoo.blocks.base import Mixer, MixerConfig
 from zoo.blocks.context import SequenceContext
+from zoo.blocks.global_tokens import GlobalTokensState, WindowAndGlobalState
 from zoo.blocks.linear import in_projection, out_projection
 from zoo.blocks.norm import Norm, NormConfig
 from zoo.blocks.rope import RopeConfig, RotaryEmbedding
@@ -43,7 +46,8 @@ if TYPE_CHECKING:
     from zoo.config import ZooConfig
 
 NO_CACHE_SINKS = (
-    "cache needs num_sinks, a window without dilation, and neither stride nor random; change these or remove it"
+    "cache needs num_sinks, one window without dilation, and no stride, random or global_token_ids; change these or "
+    "remove it"
 )
 NO_CACHE_ROPE = "cache needs a rope whose angles do not change with the length; change rope or remove it"
 
@@ -94,13 +98,14 @@ class AttentionConfig(MixerConfig):
     head_dim      default hidden_size / num_heads.
     rope          rotary positions; null for no positions at all.
     window        how many keys a query sees, its own included; default all. A mapping {start, growth, cap} widens it
-                  with depth.
+                  with depth; a list has an entry for every layer of the model, null for all keys.
     dilation      the keys of the window stand so far apart.
     num_sinks     how many of the first keys stay visible beyond the window: sinks, or global tokens at the start.
     sink_positions  how far away sinks seem: as in the text, or never further than in a cache that holds the sinks and
                   the window (StreamingLLM).
     stride        every stride-th key of the text stays visible beyond the window.
     random        earlier blocks, drawn at random, stay visible beyond the window.
+    global_token_ids  tokens of these ids stay visible beyond the window, wherever they are (Longformer).
     qk_norm       RMS-normalise queries and keys before the rotation: true is each head, projection is all heads of a
                   token as one vector; eps and zero_centered are those of the model's norm.
     bias          biases on all projections.
@@ -116,12 +121,13 @@ class AttentionConfig(MixerConfig):
     num_kv_heads: Size | None = None
     head_dim: Size | None = None
     rope: RopeConfig | None = field(default_factory=RopeConfig)
-    window: Size | WindowGrowth | None = None
+    window: Size | WindowGrowth | list[Size | None] | None = None
     dilation: Size = 1
     num_sinks: Count = 0
     sink_positions: Literal["text", "cache"] = "text"
     stride: Size | None = None
     random: RandomBlocks | None = None
+    global_token_ids: list[Count] | None = None
     qk_norm: bool | Literal["projection"] = False
     bias: bool = False
     output_gate: bool = False
@@ -136,6 +142,10 @@ class AttentionConfig(MixerConfig):
         num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         if self.num_heads % num_kv_heads:
             raise FieldError("num_kv_heads", f"must divide num_heads ({self.num_heads}), got {num_kv_heads}")
+        layers = model.num_hidden_layers
+        if isinstance(self.window, list) and len(self.window) != layers:
+            problem = f"must have an entry for each of the model's {layers} layers, got {len(self.window)}"
+            raise FieldError("window", problem)
         if self.num_sinks and self.window is None and self.dilation == 1:
             raise FieldError("num_sinks", f"needs a window to stand outside of, got {self.num_sinks} without one")
         for name in ("stride", "random"):
@@ -143,6 +153,7 @@ class AttentionConfig(MixerConfig):
                 raise FieldError(name, "needs a window to stand outside of; give window too")
             if getattr(self, name) is not None and self.dilation > 1:
                 raise FieldError(name, f"does not go with dilation ({self.dilation}); remove one of them")
+        self._check_global_tokens(model.vocab_size)
         self.check_sink_positions()
         rope = self.rope
         if rope is not None:
@@ -163,18 +174,42 @@ class AttentionConfig(MixerConfig):
         """Raise FieldError where `sink_positions: cache` has no meaning."""
         if self.sink_positions == "text":
             return
-        if self.window is None or not self.num_sinks or self.dilation > 1 or self.stride or self.random:
+        others = self.dilation > 1 or self.stride or self.random or self.global_token_ids
+        if self.window is None or isinstance(self.window, list) or not self.num_sinks or others:
             raise FieldError("sink_positions", NO_CACHE_SINKS)
         if self.rope is None or self.rope.type == "longrope":
             raise FieldError("sink_positions", NO_CACHE_ROPE)
 
+    def _check_global_tokens(self, vocab_size: int) -> None:
+        if self.global_token_ids is None:
+            return
+        if self.window is None:
+            raise FieldError("global_token_ids", "needs a window to stand outside of; give window too")
+        for name, value, default in (
+            ("dilation", self.dilation, 1),
+            ("stride", self.stride, None),
+            ("random", self.random, None),
+            ("softcap", self.softcap, None),
+        ):
+            if value != default:
+                raise FieldError("global_token_ids", f"does not go with {name}; remove one of them")
+        if not self.global_token_ids:
+            raise FieldError("global_token_ids", "is empty; name a token or remove it")
+        for i, token in enumerate(self.global_token_ids):
+            if token >= vocab_size:
+                raise FieldError(f"global_token_ids[{i}]", f"must be below vocab_size ({vocab_size}), got {token}")
+
     @property
     def varies_with_depth(self) -> bool:
-        return isinstance(self.window, WindowGrowth) or self.random is not None
+        return isinstance(self.window, WindowGrowth | list) or self.random is not None
 
     def pattern(self, layer_idx: int) -> Pattern:
         """What the queries of one layer see."""
         window = self.window.at(layer_idx) if isinstance(self.window, WindowGrowth) else self.window
+        if isinstance(window, list):
+            window = window[layer_idx]
+            if window is None and self.dilation == 1:
+                return Pattern()  # nothing stands outside
         pattern = Pattern(window, self.num_sinks, self.dilation, self.stride)
         if self.random is None:
             return pattern
@@ -221,6 +256,8 @@ class Attention(Mixer):
         self.pattern = config.pattern(layer_idx)
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.reads_embeddings = config.concat_embeddings
+        self.global_token_ids = config.global_token_ids if self.pattern.window is not None else None
+        self.reads_token_ids = self.global_token_ids is not None
         hidden = model.hidden_size * (2 if config.concat_embeddings else 1)
         inner, inner_kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = in_projection(model, hidden, inner, config.bias)
@@ -242,7 +279,12 @@ class Attention(Mixer):
         unturned = q
         if self.rotary is not None:
             q, k = self.rotary(q, k, context.position_ids, context.rotations)
-        key_mask = context.padding_mask
+        key_mask, far = context.padding_mask, None
+        if self.global_token_ids is not None:
+            kept = None
+            if isinstance(state, WindowAndGlobalState):
+                kept, state = state.global_tokens, state.window
+            far = self._global_tokens(q, k, v, context, kept)
         if state is not None:
             if context.cu_seqlens is not None:
                 raise ValueError(
@@ -262,12 +304,35 @@ class Attention(Mixer):
             softcap=self.config.softcap,
             cu_seqlens=context.cu_seqlens,
             key_mask=key_mask,
-            return_lse=self.sinks is not None,
+            return_lse=self.sinks is not None or far is not None,
         )
+        if far is not None:
+            near_and_far = global_tokens.merge(out, far)
+            out = near_and_far if self.sinks is not None else near_and_far[0]
         out = (out if self.sinks is None else self.sinks(*out)).flatten(-2)
         if self.gate_proj is not None:
             out = out * self.gate_proj(x).sigmoid()
         return self.o_proj(out)
+
+    def _global_tokens(
+        self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext, state: GlobalTokensState | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention to the global tokens beyond the window, `(out, lse)`."""
+        if context.token_ids is None:
+            raise ValueError("attention with global_token_ids needs the ids of the tokens; give input_ids")
+        assert self.global_token_ids is not None and self.pattern.window is not None, "resolve() checked it"
+        is_global = torch.stack([context.token_ids == token for token in self.global_token_ids]).any(0)
+        return global_tokens.attend(
+            q,
+            k,
+            v,
+            is_global,
+            context,
+            state,
+            window=self.pattern.window,
+            num_sinks=self.pattern.num_sinks,
+            scale=self.config.scale,
+        )
 
     def _near_sinks(
         self, unturned: Tensor, q: Tensor, k: Tensor, key_mask: Tensor | None, context: SequenceContext
@@ -295,15 +360,21 @@ class Attention(Mixer):
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         empty = torch.empty(batch_size, 0, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
-        return KeyValueState(empty, empty.clone(), self.pattern.reach, self.pattern.num_sinks)
+        window = KeyValueState(empty, empty.clone(), self.pattern.reach, self.pattern.num_sinks)
+        if self.global_token_ids is None:
+            return window
+        return WindowAndGlobalState(window, GlobalTokensState(empty.clone()))
 
     def state_bytes(self, batch: int, length: int) -> int:
+        """As Mixer.state_bytes, of a text without global tokens."""
         if self.pattern.reach is not None:
             length = min(length, self.pattern.reach - 1 + self.pattern.num_sinks)
         keys_and_values = 2 * self.num_kv_heads * self.head_dim * self.o_proj.weight.dtype.itemsize
-        return batch * length * (keys_and_values + 1)  # and a byte of mask
+        seen = 0 if self.global_token_ids is None else 8
+        return batch * (length * (keys_and_values + 1) + seen)  # and a byte of mask
 
     def flops(self, batch: int, length: int) -> int:
+        """As Part.flops, of a text without global tokens."""
         projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.gate_proj)
         weights = sum(p.weight.numel() for p in projections if p is not None)
         # Towards sinks whose positions are the cache's, q and k are twice as wide.

@@ -107,9 +107,11 @@ class Mixer(Part):
     """Mixes information along the sequence.
 
     reads_embeddings  whether its input is the stream beside the token embeddings, `[batch, length, 2 * hidden]`.
+    reads_token_ids   whether it needs the context's token_ids.
     """
 
     reads_embeddings = False
+    reads_token_ids = False
 
     @abstractmethod
     def forward(self, x: Tensor, context: SequenceContext, state: State | None = None) -> Tensor:

@@ -20,6 +20,8 @@ class SequenceContext:
     cu_seqlens    int32 `[documents + 1]`, for documents packed into one row; None otherwise.
     real_tokens   int64, indices of the real tokens in the flattened batch; None without padding.
     row_offsets   int32 `[batch + 1]`, where each row's real tokens begin among them; None without padding.
+    token_ids     int64 `[batch, length]`, -1 at what is no token of the text (a landmark); None where the model was
+                  given embeddings alone.
     rotations     the cosines and sines of `position_ids` that a layer has computed, for the layers after it.
     """
 
@@ -28,6 +30,7 @@ class SequenceContext:
     cu_seqlens: Tensor | None = None
     real_tokens: Tensor | None = None
     row_offsets: Tensor | None = None
+    token_ids: Tensor | None = None
     rotations: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -39,6 +42,7 @@ class SequenceContext:
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         seen: Tensor | None = None,
+        token_ids: Tensor | None = None,
     ) -> SequenceContext:
         """The context of `x` `[batch, length, ...]`.
 
@@ -47,11 +51,14 @@ class SequenceContext:
             padding_mask: `[batch, length]`, nonzero at real tokens.
             cu_seqlens: int32 `[documents + 1]`, batch 1.
             seen: int64 `[batch]`, real tokens of each row that earlier chunks held.
+            token_ids: int64 `[batch, length]`.
 
         Raises:
             ValueError: a shape or the offsets do not fit `x`, or padding and packed documents are given together.
         """
         batch, length = x.shape[:2]
+        if token_ids is not None and token_ids.shape != (batch, length):
+            raise ValueError(f"token_ids must be {[batch, length]}, got {list(token_ids.shape)}")
         if padding_mask is not None:
             if padding_mask.shape != (batch, length):
                 raise ValueError(f"padding_mask must be {[batch, length]}, got {list(padding_mask.shape)}")
@@ -70,11 +77,11 @@ class SequenceContext:
         else:
             position_ids = position_ids.expand(batch, length)
         if padding_mask is None:
-            return cls(position_ids, cu_seqlens=cu_seqlens)
+            return cls(position_ids, cu_seqlens=cu_seqlens, token_ids=token_ids)
         real_tokens = padding_mask.flatten().nonzero().squeeze(1)
         ends = padding_mask.sum(1).cumsum(0)
         row_offsets = torch.cat([ends.new_zeros(1), ends]).int()
-        return cls(position_ids, padding_mask, None, real_tokens, row_offsets)
+        return cls(position_ids, padding_mask, None, real_tokens, row_offsets, token_ids)
 
     @staticmethod
     def positions(

@@ -114,6 +114,7 @@ class Parallel(Mixer):
         self.config = config
         branches = nn.ModuleList(branch.build(model, layer_idx) for branch in config.branches)
         self.branches = cast("Sequence[Mixer]", branches)
+        self.reads_token_ids = any(branch.reads_token_ids for branch in self.branches)
         count = len(config.branches) if config.combine == "mean" else 1
         self.input_scales = config.input_scales
         self.output_scales = [scale / count for scale in config.output_scales]

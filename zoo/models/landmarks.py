@@ -63,7 +63,12 @@ class LandmarkToken(nn.Module):
         elif not is_plain:
             is_used = torch.arange(total, device=x.device) < length + landmarks[:, -1:]
             mask = is_used if mask is None else is_used.scatter(1, columns, mask)
-        context = SequenceContext.of(stream, position_ids=places, padding_mask=mask, cu_seqlens=cu_seqlens)
+        token_ids = context.token_ids
+        if token_ids is not None:
+            token_ids = token_ids.new_full((batch, total), -1).scatter(1, columns, token_ids)
+        context = SequenceContext.of(
+            stream, position_ids=places, padding_mask=mask, cu_seqlens=cu_seqlens, token_ids=token_ids
+        )
         return stream, context, columns
 
 

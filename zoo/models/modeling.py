@@ -101,6 +101,7 @@ class ZooModel(ZooPreTrainedModel):
         # The lengths beyond which all tokens of a sequence turn otherwise (LongRoPE).
         rotaries = [module for module in self.modules() if isinstance(module, RotaryEmbedding)]
         self.switches = sorted({rotary.switch for rotary in rotaries if rotary.switch is not None})
+        self.reads_token_ids = any(layer.mixer is not None and layer.mixer.reads_token_ids for layer in self.layers)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -116,7 +117,12 @@ class ZooModel(ZooPreTrainedModel):
         output_hidden_states: bool | None = None,
     ) -> ZooModelOutput:
         """See ZooForCausalLM.forward."""
-        if (input_ids is None) == (inputs_embeds is None):
+        if self.reads_token_ids:
+            if input_ids is None:
+                raise ValueError(
+                    "global_token_ids needs the ids of the tokens; give input_ids, beside inputs_embeds too"
+                )
+        elif (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = x.shape[:2]
@@ -147,6 +153,7 @@ class ZooModel(ZooPreTrainedModel):
             padding_mask=None if attention_mask is None else attention_mask[:, -length:],
             cu_seqlens=cu_seqlens,
             seen=seen,
+            token_ids=input_ids,
         )
         mask, columns = context.padding_mask, None
         if self.landmark is not None:
@@ -223,7 +230,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: `[batch, length]` int64; or `inputs_embeds` `[batch, length, hidden]`, as `model.embed_tokens`
-                returns them.
+                returns them. A model with global_token_ids needs the ids beside the embeddings.
             attention_mask: `[batch, length]` (or with the past's columns before it), nonzero at real tokens.
             position_ids: `[batch, length]`; by default counted over real tokens, on from the cache.
             past_key_values: a cache to continue from; it is updated in place.

@@ -29,6 +29,10 @@ def obstacle(model: ZooForCausalLM) -> str | None:
     for i, layer in enumerate(model.model.layers):
         if isinstance(layer.mixer, Fla):
             return f"what layer {i} (fla) keeps is not known to the zoo; it needs a mixer of the zoo's own there"
+        if layer.mixer is not None and layer.mixer.reads_token_ids:
+            return (
+                f"layer {i} keeps the global tokens of the whole text; it needs num_sinks in place of global_token_ids"
+            )
         if layer.mixer is not None and layer.mixer.state_bytes(1, 2 * FAR) != layer.mixer.state_bytes(1, FAR):
             kind = model.config.layers[i].mixer.kind
             return f"the state of layer {i} ({kind}) grows with the text; it needs a window or a recurrent mixer there"

@@ -170,5 +170,5 @@ def _saved_bytes(module: nn.Module, owners: list[nn.Module], hidden_size: int) -
 
     x = torch.empty(1, PROBE_TOKENS, hidden_size, requires_grad=True)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        module(x, SequenceContext.of(x))
+        module(x, SequenceContext.of(x, token_ids=torch.zeros(x.shape[:2], dtype=torch.long)))
     return sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
