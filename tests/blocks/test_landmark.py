@@ -43,6 +43,7 @@ def test_defaults_are_the_paper_s_and_mistakes_are_named():
         ({"num_heads": 5, "num_kv_heads": None, "head_dim": None}, "blocks.b.mixer.num_heads: must divide hidden_size"),
         ({"block_size": 0}, "blocks.b.mixer.block_size"),
         ({"top_k": 0}, "blocks.b.mixer.top_k"),
+        ({"train_top_k": 0}, "blocks.b.mixer.train_top_k"),
         ({"rope": {"rotary_dim": 5}}, "blocks.b.mixer.rope.rotary_dim: must be even"),
         ({"top_k": 2, "rope": {"type": "longrope"}}, "blocks.b.mixer.rope.type: longrope has no length"),
     ]:
@@ -121,6 +122,26 @@ def test_retrieval_is_the_rule_as_it_is_written(top_k, size, rope):
         assert_close(cached(mixer, x, sizes), expected)
     full = mixer(x, SequenceContext.of(x))
     assert (full - expected).norm() > 1e-2 * full.norm()  # it does read less
+
+
+@pytest.mark.parametrize("rope", [{}, None])
+@torch.no_grad()
+def test_training_that_reads_the_best_blocks(rope):
+    """At the positions of the text; a state without top_k reads the same."""
+    mixer, x = build(rope=rope, train_top_k=2), random_input(2, 43, HIDDEN, dtype=torch.float64)
+    q, k, v = (p(x).view(2, 43, -1, 6) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    positions = torch.arange(43).expand(2, -1)
+    if rope is not None:
+        q, k = mixer.rotary(q, k, positions)
+    with ops.backend("reference"):
+        out = mixer.o_proj(ops.landmark_attention(q, k, v, positions % 5 == 4, top_k=2).flatten(-2))
+    full = build(rope=rope)(x, SequenceContext.of(x))
+    assert (full - out).norm() > 1e-2 * full.norm()
+    assert_close(mixer(x, SequenceContext.of(x)), out)
+    assert_close(cached(mixer, x, [30] + [1] * 13), out)
+    # Without positions there is no other rule for them, and retrieval is the same computation.
+    retrieved = cached(build(rope=rope, train_top_k=2, top_k=2), x, [30] + [1] * 13)
+    assert (rope is None) == ((retrieved - out).norm() < 1e-9 * out.norm())
 
 
 @torch.no_grad()

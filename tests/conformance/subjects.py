@@ -69,6 +69,8 @@ LANDMARK = {"kind": "landmark", "num_heads": 4, "block_size": 4}
 LANDMARK_GQA = {"kind": "landmark", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "rope": None, "block_size": 5}
 # As many blocks as any of these texts has: reading all of them is the same as a full forward.
 LANDMARK_RETRIEVAL = {**LANDMARK, "num_kv_heads": 2, "top_k": 90, "rope": PARTIAL_ROPE}
+# Training that reads few blocks; with a cache it is the same as without.
+LANDMARK_CHOSEN = {**LANDMARK, "num_kv_heads": 2, "train_top_k": 2, "rope": PARTIAL_ROPE}
 LIGHTNING = {"kind": "lightning", "num_heads": 4}
 MAMBA = {"kind": "mamba", "state_size": 4}
 JAMBA = {"kind": "mamba", "state_size": 4, "conv_kernel": 3, "inner_norms": True, "bias": True, "conv_bias": False}
@@ -171,6 +173,7 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "landmark": _alone(LANDMARK, MLP),
     "landmark-gqa": _alone(LANDMARK_GQA, MLP),
     "landmark-retrieval": _alone(LANDMARK_RETRIEVAL, MLP),
+    "landmark-chosen": _alone(LANDMARK_CHOSEN, MLP),
     "lightning": _alone(LIGHTNING, SHARED_MOE),
     "mamba": _alone(MAMBA, RELU2),
     "mamba-inner-norms": _alone(JAMBA, MLP),

@@ -10,6 +10,7 @@ from tests.conformance.matrix import PARTS
 from tests.conformance.runs import build, chunked, context_of, inputs, mix
 from tests.conformance.subjects import SUBJECTS, new_layers
 from zoo import ops
+from zoo.ops.landmark_attention import chosen as chosen_blocks
 
 LENGTH = 16_384
 BOUND = 0.02
@@ -33,6 +34,21 @@ def same_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen.append(choose(*arguments, **keywords))
         return chosen[0]
 
+    attend, calls, tiles = ops.landmark_attention, [], []
+
+    def landmark_attention(*arguments: object, **keywords: object) -> torch.Tensor:
+        calls.append(len(tiles))
+        return attend(*arguments, **keywords)
+
+    def best(scores: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A tile at a time, in the same order in both runs."""
+        if len(calls) % 2:
+            tiles.append(scores.topk(slots, -1).indices)
+        indices = tiles[-1] if len(calls) % 2 else tiles.pop(0)
+        return scores.gather(-1, indices), indices
+
+    monkeypatch.setattr(ops, "landmark_attention", landmark_attention)
+    monkeypatch.setattr(chosen_blocks, "_best", best)
     monkeypatch.setattr(ops, "select_blocks", call)
 
 

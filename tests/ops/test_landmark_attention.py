@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.helpers import poisoned_memory, relative_error
 from zoo.ops import backend, backends, landmark_attention, softmax_attention
-from zoo.ops.landmark_attention import chunked
+from zoo.ops.landmark_attention import chosen, chunked
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2}
 DOCUMENTS = [0, 0, 1, 65, 65, 66, 150, 150]
@@ -22,6 +22,8 @@ DOCUMENTS = [0, 0, 1, 65, 65, 66, 150, 150]
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of a few queries and pairs, so that short sequences have several."""
     monkeypatch.setattr(chunked, "MAX_LOGITS", 2**11)
+    for name, most in (("MAX_LOGITS", 2**9), ("MAX_READ", 2**12), ("MAX_PART", 2**12), ("MAX_LIST", 8)):
+        monkeypatch.setattr(chosen, name, most)
 
 
 def make(batch: int, length: int, key_length: int, heads: tuple[int, int] = (4, 2), dims: tuple[int, int] = (5, 3)):
@@ -69,10 +71,62 @@ def test_torch_equals_reference(length: int, block: int) -> None:
     check(make(2, length, length), every(block, 2, length))
 
 
+TOP_K = pytest.mark.parametrize("top_k", [None, 2], ids=["all", "two"])
+
+
+@TOP_K
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("length", [1, 31, 130])
-def test_blocks_of_any_sizes(length: int, share: float) -> None:
-    check(make(3, length, length), at_random(share, 3, length))
+def test_blocks_of_any_sizes(length: int, share: float, top_k: int | None) -> None:
+    check(make(3, length, length), at_random(share, 3, length), top_k=top_k)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+@pytest.mark.parametrize("block", [1, 3, 16, 50])
+@pytest.mark.parametrize("length", [1, 2, 17, 64, 65, 129])
+def test_the_best_blocks(length: int, block: int, top_k: int) -> None:
+    check(make(2, length, length), every(block, 2, length), top_k=top_k)
+
+
+@pytest.mark.parametrize("top_k", [43, 500])
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_all_blocks_are_the_best_ones(name: str, top_k: int) -> None:
+    """There are 43 at most."""
+    tensors, is_landmark = make(2, 130, 130), at_random(0.3, 2, 130)
+    expected = run(name, tensors, is_landmark, torch.float64)
+    for x, y in zip(run(name, tensors, is_landmark, torch.float64, top_k=top_k), expected, strict=True):
+        assert relative_error(x, y) < 1e-14
+    fewer = run(name, tensors, is_landmark, torch.float64, top_k=3)
+    assert relative_error(fewer[0], expected[0]) > 1e-2
+
+
+def test_the_best_blocks_are_those_of_the_largest_logits() -> None:
+    """A key that says which block it is, and a query that says which it wants."""
+    is_landmark = every(4, 1, 80)
+    q, k, v = torch.zeros(1, 80, 2, 16).double(), torch.zeros(1, 80, 1, 16).double(), torch.zeros(1, 80, 1, 16).double()
+    for block in range(15):
+        k[0, block * 5 + 4, 0, block] = 1.0
+        v[0, block * 5 : block * 5 + 4, 0, block] = 1.0
+    q[0, 79, 0, [3, 8]], q[0, 79, 1, [0, 14]] = 1000.0, 1000.0
+    for name in ("reference", "torch"):
+        with backend(name):
+            out = landmark_attention(q, k, v, is_landmark, top_k=2)[0, 79]
+        assert out[0].nonzero()[:, 0].tolist() == [3, 8] and out[1].nonzero()[:, 0].tolist() == [0, 14]
+
+
+def test_blocks_that_are_not_read_change_nothing() -> None:
+    """Not even NaN in their keys; and they get no gradient."""
+    q, k, v = make(1, 41, 41, (1, 1))
+    q, is_landmark = q[:, -1:], every(4, 1, 41)
+    expected, *_, grad_v = run("torch", [q, k, v], is_landmark, torch.float64, top_k=2)
+    read = []
+    for block in range(8):
+        keys = slice(block * 5, block * 5 + 4)
+        poisoned = k.clone()
+        poisoned[:, keys] = torch.nan
+        read.append(not torch.equal(landmark_attention(q, poisoned, v, is_landmark, top_k=2), expected))
+        assert read[-1] == bool(grad_v[:, keys].any())
+    assert sum(read) == 2
 
 
 def test_one_long_block_among_short_ones() -> None:
@@ -84,38 +138,42 @@ def test_one_long_block_among_short_ones() -> None:
     assert len(layout.position) <= 2 * 200 and layout.piece_block.bincount().max() > 1
 
 
+@TOP_K
 @pytest.mark.parametrize("dims", [(8, 8), (8, 3), (3, 8)])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1), (6, 3)])
-def test_heads_and_dimensions(heads: tuple[int, int], dims: tuple[int, int]) -> None:
-    check(make(2, 70, 70, heads, dims), every(8, 2, 70), scale=0.9)
+def test_heads_and_dimensions(heads: tuple[int, int], dims: tuple[int, int], top_k: int | None) -> None:
+    check(make(2, 70, 70, heads, dims), every(8, 2, 70), scale=0.9, top_k=top_k)
 
 
+@TOP_K
 @pytest.mark.parametrize("block", [1, 7, 30])
 @pytest.mark.parametrize(("length", "key_length"), [(1, 40), (1, 48), (7, 40), (70, 75)])
-def test_fewer_queries_than_keys(length: int, key_length: int, block: int) -> None:
+def test_fewer_queries_than_keys(length: int, key_length: int, block: int, top_k: int | None) -> None:
     tensors, is_landmark = make(2, length, key_length), every(block, 2, key_length)
-    check(tensors, is_landmark)
+    check(tensors, is_landmark, top_k=top_k)
     q = torch.cat([torch.zeros(2, key_length - length, 4, 5).double(), tensors[0]], 1)
-    whole = landmark_attention(q, *tensors[1:], is_landmark)
-    assert relative_error(landmark_attention(*tensors, is_landmark), whole[:, -length:]) < 1e-13
+    whole = landmark_attention(q, *tensors[1:], is_landmark, top_k=top_k)
+    assert relative_error(landmark_attention(*tensors, is_landmark, top_k=top_k), whole[:, -length:]) < 1e-13
 
 
+@TOP_K
 @pytest.mark.parametrize("bounds", [[0, 1], DOCUMENTS, list(range(70))])
-def test_documents(bounds: list[int]) -> None:
+def test_documents(bounds: list[int], top_k: int | None) -> None:
     """Equal the reference, and each alone."""
     tensors, is_landmark = make(1, bounds[-1], bounds[-1]), at_random(0.2, 1, bounds[-1])
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    check(tensors, is_landmark, cu_seqlens=cu_seqlens)
-    out = landmark_attention(*tensors, is_landmark, cu_seqlens=cu_seqlens)
+    check(tensors, is_landmark, cu_seqlens=cu_seqlens, top_k=top_k)
+    out = landmark_attention(*tensors, is_landmark, cu_seqlens=cu_seqlens, top_k=top_k)
     for start, stop in pairwise(bounds):
         if start < stop:
-            alone = landmark_attention(*(x[:, start:stop] for x in tensors), is_landmark[:, start:stop])
+            alone = landmark_attention(*(x[:, start:stop] for x in tensors), is_landmark[:, start:stop], top_k=top_k)
             assert torch.allclose(out[:, start:stop], alone, rtol=1e-13, atol=1e-13)
 
 
+@TOP_K
 @pytest.mark.parametrize("kind", ["left", "right", "between"])
 @pytest.mark.parametrize(("length", "key_length"), [(1, 30), (33, 100), (100, 100)])
-def test_padding(length: int, key_length: int, kind: str) -> None:
+def test_padding(length: int, key_length: int, kind: str, top_k: int | None) -> None:
     """Equals the reference, and each row without its padding; garbage there changes nothing, and gets no gradient."""
     index, real = torch.arange(key_length), torch.tensor([[key_length], [key_length // 2], [0]])
     mask = {
@@ -127,20 +185,21 @@ def test_padding(length: int, key_length: int, kind: str) -> None:
     tensors, is_landmark = make(3, length, key_length), at_random(0.2, 3, key_length)
     for x in tensors:
         x[~mask[:, -x.shape[1] :]] *= 1e4
-    check(tensors, is_landmark, key_mask=mask)
-    out, *grads = run("torch", tensors, is_landmark, torch.float64, key_mask=mask)
+    check(tensors, is_landmark, key_mask=mask, top_k=top_k)
+    out, *grads = run("torch", tensors, is_landmark, torch.float64, key_mask=mask, top_k=top_k)
     for x in (out, *grads):
         assert not x[~mask[:, -x.shape[1] :]].any()
     for row in range(3):
         q_real, k_real = mask[row, -length:], mask[row]
         if q_real.any():
             q, k, v = tensors[0][row, q_real], tensors[1][row, k_real], tensors[2][row, k_real]
-            alone = landmark_attention(q[None], k[None], v[None], is_landmark[row, k_real][None])
+            alone = landmark_attention(q[None], k[None], v[None], is_landmark[row, k_real][None], top_k=top_k)
             assert torch.allclose(out[row, q_real], alone[0], rtol=1e-12, atol=1e-12)
 
 
-def test_bfloat16() -> None:
-    check(make(2, 300, 300, dims=(32, 24)), every(20, 2, 300), torch.bfloat16)
+@TOP_K
+def test_bfloat16(top_k: int | None) -> None:
+    check(make(2, 300, 300, dims=(32, 24)), every(20, 2, 300), torch.bfloat16, top_k=top_k)
 
 
 def paper(q: Tensor, k: Tensor, v: Tensor, is_landmark: Tensor) -> Tensor:
@@ -180,11 +239,12 @@ def test_equals_the_paper_s_formula(length: int, block: int, name: str) -> None:
         assert relative_error(x, y) < 1e-11
 
 
+@TOP_K
 @pytest.mark.parametrize("name", ["reference", "torch"])
-def test_rows_sum_to_one(name: str) -> None:
+def test_rows_sum_to_one(name: str, top_k: int | None) -> None:
     q, k, _ = make(2, 150, 150)
     with backend(name):
-        out = landmark_attention(q, k, torch.ones(2, 150, 2, 1).double(), every(9, 2, 150))
+        out = landmark_attention(q, k, torch.ones(2, 150, 2, 1).double(), every(9, 2, 150), top_k=top_k)
     assert (out - 1).abs().max() < 1e-13
 
 
@@ -222,22 +282,26 @@ def test_a_landmark_without_a_block_stands_for_nothing(name: str) -> None:
     assert not out[:, :2].any() and torch.allclose(out[:, kept], expected, rtol=1e-13, atol=1e-13)
 
 
-def test_logits_of_any_size() -> None:
+@TOP_K
+def test_logits_of_any_size(top_k: int | None) -> None:
     """A block whose logits are a thousand below another's still has a softmax within."""
     q, k, v = make(1, 100, 100)
     q[..., 0], k[:, :40, :, 0], k[:, 60:, :, 0] = 1.0, -3000.0, 3000.0
     k[:, 9::10, :, 0] = 0.0  # the landmarks do not tell
-    expected = run("reference", [q, k, v], every(9, 1, 100), torch.float64)
-    for x, y in zip(run("torch", [q, k, v], every(9, 1, 100), torch.float64), expected, strict=True):
+    expected = run("reference", [q, k, v], every(9, 1, 100), torch.float64, top_k=top_k)
+    for x, y in zip(run("torch", [q, k, v], every(9, 1, 100), torch.float64, top_k=top_k), expected, strict=True):
         assert relative_error(x, y) < 1e-9
-    assert all(x.isfinite().all() for x in run("torch", [q, k, v], every(9, 1, 100), torch.float32))
+    assert all(x.isfinite().all() for x in run("torch", [q, k, v], every(9, 1, 100), torch.float32, top_k=top_k))
 
 
-def test_gradcheck() -> None:
-    tensors = [x.requires_grad_() for x in make(1, 11, 11)]
+@TOP_K
+def test_gradcheck(top_k: int | None) -> None:
+    tensors, is_landmark = [x.requires_grad_() for x in make(1, 17, 17)], every(3, 1, 17)
     for name in ("reference", "torch"):
         with backend(name):
-            assert torch.autograd.gradcheck(lambda *x: landmark_attention(*x, every(3, 1, 11)), tensors, fast_mode=True)
+            assert torch.autograd.gradcheck(
+                lambda *x: landmark_attention(*x, is_landmark, top_k=top_k), tensors, fast_mode=True
+            )
 
 
 def test_flops_of_the_reference_are_those_of_visible_pairs() -> None:
@@ -249,7 +313,8 @@ def test_flops_of_the_reference_are_those_of_visible_pairs() -> None:
     assert counter.get_total_flops() == 2 * 4 * (5 * logits + 3 * values)
 
 
-def test_memory_is_linear_in_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+@TOP_K
+def test_memory_is_linear_in_the_length(monkeypatch: pytest.MonkeyPatch, top_k: int | None) -> None:
     """No tensor anywhere is as large as the length squared."""
     monkeypatch.undo()
     largest = 0
@@ -265,16 +330,17 @@ def test_memory_is_linear_in_the_length(monkeypatch: pytest.MonkeyPatch) -> None
 
     tensors = [x.float().requires_grad_() for x in make(1, 4096, 4096, (2, 1), (8, 8))]
     with Watch():
-        landmark_attention(*tensors, every(63, 1, 4096)).sum().backward()
-    assert largest <= 2 * chunked.MAX_LOGITS
+        landmark_attention(*tensors, every(63, 1, 4096), top_k=top_k).sum().backward()
+    assert largest <= 2 * (chunked.MAX_LOGITS if top_k is None else chosen.MAX_PART)
 
 
-def test_compiles_without_a_break() -> None:
+@TOP_K
+def test_compiles_without_a_break(top_k: int | None) -> None:
     tensors = [x.float().requires_grad_() for x in make(1, 40, 40)]
     is_landmark = every(7, 1, 40)
 
     def function(*tensors: Tensor) -> Tensor:
-        return landmark_attention(*tensors, is_landmark).square()
+        return landmark_attention(*tensors, is_landmark, top_k=top_k).square()
 
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -286,6 +352,7 @@ def test_operators_are_registered_right() -> None:
     tensors = [x.requires_grad_() for x in make(1, 20, 20)]
     arguments = (*tensors, every(5, 1, 20), 0.4, None, None)
     torch.library.opcheck(chunked._forward, arguments)
+    torch.library.opcheck(chosen._forward, (*arguments, 2))
 
 
 def test_backends() -> None:
@@ -311,6 +378,7 @@ def test_mistakes_are_named() -> None:
         ((q, k, v, mask), {"key_mask": mask, "cu_seqlens": cu_seqlens}, "exclude each other"),
         ((q[:1, :7], k[:1], v[:1], mask[:1]), {"cu_seqlens": cu_seqlens}, "as many queries as keys"),
         ((q, k, v, mask), {"cu_seqlens": cu_seqlens}, "batch of 1"),
+        ((q, k, v, mask), {"top_k": 0}, "top_k must be at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             landmark_attention(*arguments, **options)

@@ -8,9 +8,12 @@ that block's tokens:
     p = softmax(s_j : j <= t in block c, or j the landmark of a block b < c)          s_j = q_t . k_j / sqrt(D)
     o_t = sum_{j in c} p_j v_j + sum_{b < c} p_landmark(b) sum_{j in b} softmax_b(s)_j v_j            y = W_o (o)
 
-With top_k, a query that continues a state has only the top_k landmarks of the highest s in its softmax, chosen by every
-head for itself, and reads no other block. Positions are then stingy: the last top_k blocks keep their distance, all
-older ones stand right before them, in one place. With i the place of a token within its block,
+With train_top_k, a query has only the landmarks of the train_top_k highest s in its softmax, chosen by every head for
+itself, and reads no other block, in training too; positions are those of the text.
+
+With top_k, a query that continues a state has only the top_k such landmarks. Positions are then stingy: the last top_k
+blocks keep their distance, all older ones stand right before them, in one place. With i the place of a token within its
+block,
 
     q_t stands (M + 1) min(c - b, top_k + 1) + i_t - i_j behind k_j
 
@@ -53,7 +56,8 @@ class LandmarkConfig(MixerConfig):
     head_dim      default hidden_size / num_heads.
     rope          rotary positions, of the stream with its landmarks; null for none.
     block_size    tokens before each landmark; the same for all landmark mixers of a model.
-    top_k         with a cache, how many blocks each head of a token reads; default all of them.
+    top_k         with a cache, how many blocks each head of a token reads, at stingy positions; default as without one.
+    train_top_k   how many without a cache: in training and evaluation, which it makes sub-quadratic; default all.
     """
 
     num_heads: Size
@@ -62,6 +66,7 @@ class LandmarkConfig(MixerConfig):
     rope: RopeConfig | None = field(default_factory=RopeConfig)
     block_size: Size = 50
     top_k: Size | None = None
+    train_top_k: Size | None = None
 
     def resolve(self, model: ZooConfig) -> Self:
         head_dim = resolve_head_dim(self.head_dim, self.num_heads, model.hidden_size)
@@ -114,7 +119,13 @@ class Landmark(Mixer):
             k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast the state has the dtype of the weights
         place = SequenceContext.positions(k, key_mask, context.cu_seqlens) % self.period
         out = ops.landmark_attention(
-            q, k, v, place == self.config.block_size, cu_seqlens=context.cu_seqlens, key_mask=key_mask
+            q,
+            k,
+            v,
+            place == self.config.block_size,
+            cu_seqlens=context.cu_seqlens,
+            key_mask=key_mask,
+            top_k=self.config.train_top_k,
         )
         return self.o_proj(out.flatten(-2))
 
@@ -198,9 +209,16 @@ class Landmark(Mixer):
 
     def flops(self, batch: int, length: int) -> int:
         weights = sum(p.weight.numel() for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
-        landmarks = length // self.period
-        pairs = length * (length + 1) // 2
-        # Query t (from 1) sees t keys, a landmark all but its own; t // period of them are landmarks, without a value.
-        unread = self.period * landmarks * (landmarks - 1) // 2 + landmarks * (length - landmarks * self.period + 1)
-        visible = (pairs - landmarks) + (pairs - unread)
-        return 2 * batch * (length * weights + visible * self.num_heads * self.head_dim)
+        size, top_k = self.config.block_size, self.config.train_top_k
+        blocks, rest = divmod(length, self.period)
+        read = blocks if top_k is None else min(top_k, blocks)
+
+        def tokens(limit: int) -> int:
+            """Earlier blocks, `limit` at most, summed over all tokens."""
+            before = limit * (limit - 1) // 2 + limit * (blocks - limit)
+            return self.period * before + rest * min(blocks, limit)
+
+        # Of landmarks the logits, of the tokens of the blocks that are read, and of its own block, logits and values.
+        own = blocks * (size * (size + 1) // 2 + size) + rest * (rest + 1) // 2
+        products = tokens(blocks) + 2 * (size * tokens(read) + own)
+        return 2 * batch * (length * weights + products * self.num_heads * self.head_dim)

@@ -22,6 +22,7 @@ def landmark_attention(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     key_mask: Tensor | None = None,
+    top_k: int | None = None,
 ) -> Any:
     """Attention with the grouped softmax of landmark tokens, causal (Mohtashami and Jaggi 2023, arXiv:2305.16300,
     section 3.1).
@@ -37,6 +38,9 @@ def landmark_attention(
     key before it stands for nothing: no query sees it. The weights of the v_j sum to 1, but for a query that sees
     nothing at all, which gives 0.
 
+    With top_k, the first softmax of a query and head has of the landmarks only the top_k largest: no other block is
+    read, and the work grows with the length squared only by a product per landmark. The choice is not differentiated.
+
     Args:
         q: `[batch, length, heads, head_dim]`.
         k: `[batch, key_length, kv_heads, head_dim]`; kv_heads divides heads, and consecutive query heads share one.
@@ -48,6 +52,7 @@ def landmark_attention(
             each is as if alone. A document may be empty.
         key_mask: bool `[batch, key_length]`, True where a key is real, for padded batches: the others are as if they
             were not there, and their queries give 0.
+        top_k: how many earlier blocks each head of a query reads, at least 1; None is all of them.
 
     Returns:
         out `[batch, length, heads, v_head_dim]` in q's dtype; computed in at least float32.
@@ -80,6 +85,8 @@ def landmark_attention(
         if length != key_length:
             raise ValueError(f"cu_seqlens needs as many queries as keys, got {length} and {key_length}")
         check_cu_seqlens(cu_seqlens, batch, length)
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, or None for all blocks, got {top_k}")
     if scale is None:
         scale = head_dim**-0.5
-    return dispatch.run("landmark_attention", q.device, q, k, v, is_landmark, scale, cu_seqlens, key_mask)
+    return dispatch.run("landmark_attention", q.device, q, k, v, is_landmark, scale, cu_seqlens, key_mask, top_k)

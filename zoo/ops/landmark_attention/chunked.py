@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops.dispatch import implements
+from zoo.ops.landmark_attention import chosen
 
 MAX_LOGITS = 2**18  # the most logits held at once, as of softmax_attention
 MAX_QUERIES = 128  # tokens in a tile: a longer one computes more logits that are hidden
@@ -42,10 +43,12 @@ def landmark_attention(
     scale: float,
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
+    top_k: int | None,
 ) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    inputs = (x.to(dtype) for x in (q, k, v))
-    return _forward(*inputs, is_landmark, scale, cu_seqlens, key_mask).to(q.dtype)
+    arguments = *(x.to(dtype) for x in (q, k, v)), is_landmark, scale, cu_seqlens, key_mask
+    out = _forward(*arguments) if top_k is None else chosen.landmark_attention(*arguments, top_k)
+    return out.to(q.dtype)
 
 
 # Opaque operators: torch.compile would otherwise unroll the loop over tiles into its graph.

@@ -17,6 +17,7 @@ def landmark_attention(
     scale: float,
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
+    top_k: int | None,
 ) -> Tensor:
     dtype = torch.promote_types(q.dtype, torch.float32)
     batch, length, heads, _ = q.shape
@@ -41,12 +42,25 @@ def landmark_attention(
                 elif real[key] and key < own:
                     blocks += [(block, key)] if block else []
                     block = []
-            keys = [key for ordinary, key in blocks] + [key for ordinary, _ in blocks for key in ordinary] + block
-            logits = scale * grouped[row, query] @ k[row, keys].permute(1, 2, 0)
-            landmarks, *inside, present = logits.split(
-                [len(blocks), *(len(each) for each, _ in blocks), len(block)], -1
-            )
-            p, p_present = torch.cat([landmarks, present], -1).softmax(-1).split([len(blocks), len(block)], -1)
-            shared = [p[..., i, None] * each.softmax(-1) for i, each in enumerate(inside)]
-            outs.append(torch.cat([*shared, p_present], -1) @ v[row, keys[len(blocks) :]].transpose(0, 1))
-    return torch.stack(outs).view(batch, length, heads, v.shape[3]).to(q.dtype)
+            scores = scale * grouped[row, query] @ k[row, [landmark for _, landmark in blocks]].permute(1, 2, 0)
+            if top_k is None or top_k >= len(blocks):
+                outs.append(_read(scale * grouped[row, query], k[row], v[row], scores, [b for b, _ in blocks], block))
+                continue
+            for kv_head, each in enumerate(scores):
+                one = slice(kv_head, kv_head + 1)
+                for place, (best, indices) in enumerate(zip(*each.topk(top_k), strict=True)):
+                    q_head = scale * grouped[row, query, one, place : place + 1]
+                    chosen = [blocks[i][0] for i in indices.tolist()]
+                    outs.append(_read(q_head, k[row, :, one], v[row, :, one], best[None, None], chosen, block)[0])
+    out = torch.cat([x.flatten(0, -2) for x in outs])
+    return out.view(batch, length, heads, v.shape[3]).to(q.dtype)
+
+
+def _read(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, blocks: list[list[int]], block: list[int]) -> Tensor:
+    """What a query (scaled) `[kv_heads, shared, D]` reads in earlier blocks, by their landmarks, and in its own."""
+    keys = [key for each in blocks for key in each] + block
+    logits = q @ k[keys].permute(1, 2, 0)
+    *inside, present = logits.split([*(len(each) for each in blocks), len(block)], -1)
+    p, p_present = torch.cat([scores, present], -1).softmax(-1).split([len(blocks), len(block)], -1)
+    shared = [p[..., i, None] * each.softmax(-1) for i, each in enumerate(inside)]
+    return torch.cat([*shared, p_present], -1) @ v[keys].transpose(0, 1)
