@@ -82,8 +82,12 @@ def _forward(
         pi[:, heads] = each.softmax(-1).nan_to_num_(0.0)  # of a query that sees nothing
         lse[:, heads] = sums[:-1].view(shape)
         out[:, heads] = (pi[:, heads, :, None] @ read[:-1].view(*shape, -1))[..., 0, :]
-    outs = blocks.of_queries(out, q.shape).to(q.dtype)
-    return outs, *(blocks.of_queries(x, q.shape, fill) for x, fill in ((chosen, -1), (pi, 0), (lse, 0)))
+    return (
+        blocks.of_queries(out, q.shape).to(q.dtype),
+        blocks.of_queries(chosen, q.shape, -1),
+        blocks.of_queries(pi, q.shape),
+        blocks.of_queries(lse, q.shape),
+    )
 
 
 @torch.library.custom_op("zoo::landmark_attention_chosen_backward", mutates_args=())

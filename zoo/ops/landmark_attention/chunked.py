@@ -46,8 +46,11 @@ def landmark_attention(
     top_k: int | None,
 ) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    arguments = *(x.to(dtype) for x in (q, k, v)), is_landmark, scale, cu_seqlens, key_mask
-    out = _forward(*arguments) if top_k is None else chosen.landmark_attention(*arguments, top_k)
+    inputs = q.to(dtype), k.to(dtype), v.to(dtype)
+    if top_k is None:
+        out = _forward(*inputs, is_landmark, scale, cu_seqlens, key_mask)
+    else:
+        out = chosen.landmark_attention(*inputs, is_landmark, scale, cu_seqlens, key_mask, top_k)
     return out.to(q.dtype)
 
 
