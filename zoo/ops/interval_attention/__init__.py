@@ -9,6 +9,8 @@ from torch import Tensor
 from zoo.ops import dispatch
 from zoo.ops.interval_attention import chunked, reference  # noqa: F401  (they register themselves)
 
+dispatch.lazily("interval_attention", "triton", "zoo.ops.interval_attention.kernels", requires="triton")
+
 
 def interval_attention(
     q: Tensor,
