@@ -119,6 +119,13 @@ FLOAT32 = {
 }
 
 
+def tile_rows(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """What the rows of every tile divide: the queries of a kv head, those that share it side by side."""
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    tiles = _tiles(dtype, q.shape[3], v.shape[3])
+    return max(tiles.forward[0], tiles.query[0], tiles.key[0])
+
+
 def _tiles(dtype: torch.dtype, head_dim: int, v_head_dim: int) -> _Tiles:
     by_dim = FLOAT32 if dtype == torch.float32 else TENSOR_CORE
     if dtype != torch.float32 and min(head_dim, v_head_dim) <= 32 < max(head_dim, v_head_dim):

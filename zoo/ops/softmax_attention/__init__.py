@@ -12,6 +12,8 @@ from zoo.ops.softmax_attention import chunked, reference  # noqa: F401  (they re
 from zoo.ops.softmax_attention.pattern import Pattern as Pattern
 from zoo.ops.varlen import check_cu_seqlens
 
+dispatch.lazily("softmax_attention", "triton", "zoo.ops.softmax_attention.kernels", requires="triton")
+
 
 def softmax_attention(
     q: Tensor,
