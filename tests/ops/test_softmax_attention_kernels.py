@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of different sizes, several in few tokens, and far keys whose queries are shared out."""
-    monkeypatch.setattr(computed, "FLOAT32", {256: computed._Tiles((32, 32), (64, 32), (32, 64), 1)})
+    monkeypatch.setattr(computed, "FLOAT32", {256: computed._Tiles((32, 32), (16, 32), (32, 64), 1)})
     monkeypatch.setattr(computed, "MIN_TILES", 2)
 
 
@@ -72,7 +72,7 @@ def test_fewer_queries_than_keys(length: int, limits: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("limits", [{}, LIMITS[2], LIMITS[3], {"causal": False}])
 def test_documents(limits: dict[str, Any]) -> None:
-    check(make(1, 150, 150, (2, 1)), cu_seqlens=torch.tensor(DOCUMENTS, dtype=torch.int32), **limits)
+    check(make(1, 80, 80, (2, 1)), cu_seqlens=torch.tensor([0, 0, 1, 40, 40, 41, 80, 80], dtype=torch.int32), **limits)
 
 
 @pytest.mark.parametrize("limits", [{}, LIMITS[2], LIMITS[3], {"causal": False}])
@@ -83,18 +83,19 @@ def test_key_mask(kind: str, limits: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, BOTH], ids=str)
 def test_patterns(pattern: Pattern) -> None:
-    check(make(1, 70, 70, (3, 1)), pattern=pattern, softcap=0.8)
+    length = 40 if pattern.random_blocks else 70  # each of their blocks has tiles of its own
+    check(make(1, length, length, (2, 1)), pattern=pattern, softcap=0.8)
 
 
 @pytest.mark.parametrize("pattern", [PATTERNS[2], BOTH], ids=str)
 def test_patterns_of_padded_rows_and_documents(pattern: Pattern) -> None:
     check(make(1, 7, 60, (2, 1)), pattern=pattern)
-    check(make(3, 33, 45, (1, 1)), pattern=pattern, key_mask=padding("interior", 45))
-    check(make(1, 150, 150, (1, 1)), pattern=pattern, cu_seqlens=torch.tensor(DOCUMENTS, dtype=torch.int32))
+    check(make(3, 20, 30, (1, 1)), pattern=pattern, key_mask=padding("interior", 30))
+    check(make(1, 60, 60, (1, 1)), pattern=pattern, cu_seqlens=torch.tensor([0, 0, 1, 34, 34, 60], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("options", [{}, {"window": 40, "num_sinks": 4}, {"softcap": 1.5}, {"pattern": BOTH}])
+@pytest.mark.parametrize("options", [{}, {"window": 40, "num_sinks": 4}, {"softcap": 1.5}])
 def test_lower_precision(dtype: torch.dtype, options: dict[str, Any]) -> None:
     check(make(1, 80, 80, (2, 1), (16, 16)), dtype, **options)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -57,7 +57,20 @@ class Choice(NamedTuple):
         )
 
 
+class Kinds(NamedTuple):
+    """Kinds of calls of one op, among which the fastest backend differs.
+
+    of     called with the op's arguments, says of which kind they are; None is the plain one. As `refuses`, it looks at
+           shapes and dtypes only
+    first  by kind, the backend that comes first where nothing is measured, for other kinds UNMEASURED
+    """
+
+    of: Callable[..., str | None]
+    first: Mapping[str | None, str]
+
+
 _implementations: dict[str, dict[str, Implementation]] = {}
+_kinds: dict[str, Kinds] = {}
 # A plain global, not a ContextVar: torch.compile guards on it, so a graph compiled under one backend is never
 # reused under another.
 _chosen = "auto"
@@ -87,6 +100,16 @@ def lazily(op: str, backend: str, module: str, requires: str | tuple[str, ...]) 
     of several."""
     packages = (requires,) if isinstance(requires, str) else requires
     _implementations.setdefault(op, {})[backend] = Implementation(module=module, requires=packages)
+
+
+def tell_apart(op: str, of: Callable[..., str | None], first: Mapping[str | None, str]) -> None:
+    """Measure calls of `op` by Kinds."""
+    _kinds[op] = Kinds(of, first)
+
+
+def measured_as(op: str, kind: str | None) -> str:
+    """What measured.json calls calls of this kind, of an op that tells kinds apart."""
+    return f"{op}: {kind}" if kind is not None and op in _kinds else op
 
 
 @contextmanager
@@ -132,11 +155,12 @@ def choose(op: str, device: torch.device, /, *args: Any, **kwargs: Any) -> str:
             usable = [name for name in BACKENDS if _problem(op, name, device.type, args, kwargs) is None]
             raise ValueError(f"{op} cannot run on backend {_chosen!r}: {problem}; use {', '.join((*usable, 'auto'))}")
         return _chosen
-    candidates = [name for name in _automatic(op, device.type) if not _problem(op, name, device.type, args, kwargs)]
+    called, order = _automatic_order(op, device.type, args, kwargs)
+    candidates = [name for name in order if not _problem(op, name, device.type, args, kwargs)]
     if len(candidates) == 1:
         return candidates[0]
     first = args[0]
-    table = measured.fastest(op, _name(device), first.dtype, first.shape[-1], tuple(candidates))
+    table = measured.fastest(called, _name(device), first.dtype, first.shape[-1], tuple(candidates))
     # Comparisons, so that torch.compile guards on a class of lengths and not on each length.
     longest = table[-1][1] if table else candidates[0]
     return next((name for length, name in table if first.shape[1] <= length), longest)
@@ -147,13 +171,14 @@ def explain_choice(op: str, device: torch.device, /, *args: Any, **kwargs: Any) 
     chosen = choose(op, device, *args, **kwargs)
     if _chosen != "auto":
         return Choice(chosen, f'asked for with zoo.ops.backend("{_chosen}")', {})
-    problems = {name: _problem(op, name, device.type, args, kwargs) for name in _automatic(op, device.type)}
+    called, order = _automatic_order(op, device.type, args, kwargs)
+    problems = {name: _problem(op, name, device.type, args, kwargs) for name in order}
     candidates = tuple(name for name, problem in problems.items() if problem is None)
     others = {name: problem for name, problem in problems.items() if problem is not None}
     if len(candidates) == 1:
         return Choice(chosen, f"the only one that serves this call on {device.type}", others)
     first = args[0]
-    rows = measured.by_length(op, _name(device), measured.name_of(first.dtype), first.shape[-1], candidates)
+    rows = measured.by_length(called, _name(device), measured.name_of(first.dtype), first.shape[-1], candidates)
     if not rows:
         others |= dict.fromkeys(candidates[1:], "comes later in the order for what is not measured")
         return Choice(chosen, f"first in the order for what is not measured: no figures for {_name(device)}", others)
@@ -219,6 +244,16 @@ def _automatic(op: str, device_type: str) -> list[str]:
     """What `auto` chooses from: never the reference, and kernels only on a GPU (interpreted ones are for tests)."""
     names = UNMEASURED if device_type == "cuda" else ("torch",)
     return [name for name in names if name in _implementations[op]]
+
+
+def _automatic_order(op: str, device_type: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, list[str]]:
+    """What such calls are called where they are measured, and the order of backends where they are not."""
+    names = _automatic(op, device_type)
+    if len(names) == 1 or op not in _kinds:
+        return op, names
+    kind = _kinds[op].of(*args, **kwargs)
+    first = _kinds[op].first.get(kind)
+    return measured_as(op, kind), sorted(names, key=lambda name: name != first)
 
 
 def _problem(op: str, name: str, device_type: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

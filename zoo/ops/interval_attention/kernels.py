@@ -77,7 +77,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """`(out [B, T, H, V], lse [B, T, H])` of the keys in a query's intervals, which share none.
 
-    first, stop  int32 `[R, B, T]`, or `[R, 1, T]` for all rows: the bounds, within 0 and S
+    first, stop  int32 `[R, B, T]`, or `[R, 1, T]` for all rows: the bounds, within 0 and S unless first >= stop
     is_real      bool `[B, S]`, or `[1, S]`, False for a key that nobody sees
     near         the slots from this one on hold only keys from far[0] to before far[1]: a few that many queries see,
                  who are therefore shared out among several programs
@@ -106,14 +106,13 @@ class _Tiles(NamedTuple):
 # see linear_attention/kernels.py.
 TENSOR_CORE = {
     32: _Tiles((32, 32), (32, 32), (32, 32), 2),
-    64: _Tiles((128, 64), (128, 64), (64, 128), 2),
-    128: _Tiles((128, 64), (64, 64), (64, 64), 2),
-    256: _Tiles((64, 64), (64, 64), (64, 64), 1),
+    64: _Tiles((128, 64), (64, 64), (64, 64), 2),
+    128: _Tiles((64, 64), (64, 64), (64, 64), 2),
+    256: _Tiles((64, 64), (64, 64), (64, 64), 2),
 }
 # Unrolled into single multiplications.
 FLOAT32 = {
-    32: _Tiles((32, 32), (32, 32), (32, 32), 1),
-    64: _Tiles((32, 32), (32, 32), (32, 32), 1),
+    64: _Tiles((32, 32), (32, 32), (16, 32), 1),
     128: _Tiles((32, 16), (32, 16), (16, 32), 1),
     256: _Tiles((16, 16), (16, 16), (16, 16), 1),
 }
@@ -472,6 +471,8 @@ def _key_kernel(
     BV: tl.constexpr,
     PRECISION: tl.constexpr,
     MONOTONE: tl.constexpr,
+    FOR_K: tl.constexpr,
+    FOR_V: tl.constexpr,
 ):
     tile, batch, kv_head = _place(key_tiles, K)
     start = key_from + tile * BN
@@ -517,14 +518,18 @@ def _key_kernel(
                     p = tl.where((key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None]), p, 0.0)
                 if is_real is not None:
                     p = tl.where(real[None, :], p, 0.0)
-                d_v_acc = tl.dot(tl.trans(do_tile), p.to(do_tile.dtype), d_v_acc, input_precision=PRECISION)
-                d_p = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
-                d_logits = _slope(p * (d_p - own[:, None]), bounded, softcap)
-                d_k_acc = tl.dot(tl.trans(q_tile), d_logits.to(q_tile.dtype), d_k_acc, input_precision=PRECISION)
+                if FOR_V:
+                    d_v_acc = tl.dot(tl.trans(do_tile), p.to(do_tile.dtype), d_v_acc, input_precision=PRECISION)
+                if FOR_K:
+                    d_p = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+                    d_logits = _slope(p * (d_p - own[:, None]), bounded, softcap)
+                    d_k_acc = tl.dot(tl.trans(q_tile), d_logits.to(q_tile.dtype), d_k_acc, input_precision=PRECISION)
     part = tl.program_id(1) * (tl.num_programs(0) // (key_tiles * K)) + batch
     row = (part * keys + where - key_from) * K + kv_head
-    _store_transposed(d_k, row * D, there, dim, D, d_k_acc * scale)
-    _store_transposed(d_v, row * V, there, v_dim, V, d_v_acc)
+    if FOR_K:
+        _store_transposed(d_k, row * D, there, dim, D, d_k_acc * scale)
+    if FOR_V:
+        _store_transposed(d_v, row * V, there, v_dim, V, d_v_acc)
 
 
 def _tf32_is_asked_for() -> bool:
@@ -694,38 +699,42 @@ def _backward(
                 torch.empty(parts, x.shape[0], number, *x.shape[2:], dtype=torch.float32, device=x.device)
                 for x in (k, v)
             )
-        _key_kernel[*call.grid(key_tiles), parts](
-            call.q,
-            call.k,
-            call.v,
-            call.first,
-            call.stop,
-            call.is_real,
-            spans,
-            *_seen_by(spans, key_from, keys, key_tiles),
-            lse,
-            d_out,
-            delta,
-            d_keys,
-            d_values,
-            call.length,
-            call.key_length,
-            key_from,
-            number,
-            slot_from,
-            slot_to,
-            key_tiles,
-            tiles,
-            scale,
-            softcap,
-            *call.strides,
-            *call.rows,
-            *d_out.stride()[:3],
-            **call.options,
-            BM=rows,
-            BN=keys,
-            MONOTONE=in_order,
-        )
+        # Beyond 128 the registers do not hold both sums.
+        for for_k, for_v in ((True, True),) if call.options["BD"] <= 128 else ((True, False), (False, True)):
+            _key_kernel[*call.grid(key_tiles), parts](
+                call.q,
+                call.k,
+                call.v,
+                call.first,
+                call.stop,
+                call.is_real,
+                spans,
+                *_seen_by(spans, key_from, keys, key_tiles),
+                lse,
+                d_out,
+                delta,
+                d_keys,
+                d_values,
+                call.length,
+                call.key_length,
+                key_from,
+                number,
+                slot_from,
+                slot_to,
+                key_tiles,
+                tiles,
+                scale,
+                softcap,
+                *call.strides,
+                *call.rows,
+                *d_out.stride()[:3],
+                **call.options,
+                BM=rows,
+                BN=keys,
+                MONOTONE=in_order,
+                FOR_K=for_k,
+                FOR_V=for_v,
+            )
         if slot_from:
             d_k[:, far[0] : far[1]] += d_keys.sum(0)
             d_v[:, far[0] : far[1]] += d_values.sum(0)

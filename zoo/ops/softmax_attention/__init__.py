@@ -12,7 +12,10 @@ from zoo.ops.softmax_attention import chunked, reference  # noqa: F401  (they re
 from zoo.ops.softmax_attention.pattern import Pattern as Pattern
 from zoo.ops.varlen import check_cu_seqlens
 
+# What torch's own kernels serve stays with them until ours are measured to be faster.
+dispatch.tell_apart("softmax_attention", chunked.kind_of, first={None: "torch"})
 dispatch.lazily("softmax_attention", "triton", "zoo.ops.softmax_attention.kernels", requires="triton")
+dispatch.lazily("softmax_attention", "library", "zoo.ops.softmax_attention.library", requires="torch")
 
 
 def softmax_attention(

@@ -53,15 +53,24 @@ def softmax_attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`(out, lse)` as the public function documents them; lse may be None where it is not asked for."""
-    length, key_length = q.shape[1], k.shape[1]
-    if window is not None and window + num_sinks >= key_length:
+    length = q.shape[1]
+    if window is not None and window + num_sinks >= k.shape[1]:
         window = None
-    # With another head_dim for v, torch falls back to an implementation that stores all logits.
-    limited = pattern is not None or window is not None or cu_seqlens is not None or softcap is not None
-    native = not limited and not return_lse and q.shape[3] == v.shape[3]
-    dense = key_mask is None and (not causal or length == key_length)
+    kind = kind_of(
+        q,
+        k,
+        v,
+        causal=causal,
+        window=window,
+        num_sinks=num_sinks,
+        softcap=softcap,
+        cu_seqlens=cu_seqlens,
+        key_mask=key_mask,
+        pattern=pattern,
+        return_lse=return_lse,
+    )
     slower = q.device.type == "cpu" and (length > NATIVE_LENGTH or q.dtype == torch.bfloat16)
-    if native and (length == 1 or (dense and not slower)):
+    if kind is None and (length == 1 or not slower):
         out = scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -81,6 +90,37 @@ def softmax_attention(
         return out.to(q.dtype), lse
     out, lse = _forward(*inputs, scale, softcap, causal, window, num_sinks, cu_seqlens, key_mask, return_lse)
     return out.to(q.dtype), lse
+
+
+def kind_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    window: int | None,
+    num_sinks: int,
+    softcap: float | None,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    pattern: Pattern | None,
+    return_lse: bool,
+    **_: Any,
+) -> str | None:
+    """What limits the call beyond causality; None for one that torch's own kernels serve."""
+    if pattern is not None:
+        return "strided+random" if pattern.stride is not None or pattern.random_blocks else "dilated"
+    if window is not None and window + num_sinks < k.shape[1]:
+        return "sinks" if num_sinks else "window"
+    if softcap is not None:
+        return "softcap"
+    if cu_seqlens is not None:
+        return "documents"
+    # With another head_dim for v, torch falls back to an implementation that stores all logits.
+    dense = key_mask is None and (not causal or q.shape[1] == k.shape[1])
+    if return_lse or q.shape[3] != v.shape[3] or not (dense or q.shape[1] == 1):
+        return "other"
+    return None
 
 
 # Opaque operators: torch.compile would otherwise unroll the loop over blocks into its graph.
