@@ -10,7 +10,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tests.ops.helpers import poisoned_memory, relative_error
 from zoo.ops import backend, block_sparse_attention
-from zoo.ops.block_sparse_attention import chunked
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DOCUMENTS = [0, 0, 1, 24, 24, 25, 61, 93, 93]
@@ -53,11 +52,6 @@ def check(tensors: list[Tensor], indices: Tensor, dtype: torch.dtype = torch.flo
         ref = expected[name]
         error = relative_error(x, ref) if ref.norm() > 1e-12 * scale else x.norm().item() / scale
         assert error < TOLERANCE[dtype], name
-
-
-@pytest.fixture(autouse=True, params=[2**21, 700], ids=["one chunk", "many"])
-def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "MAX_GATHERED", request.param)
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 64])
@@ -192,7 +186,7 @@ def test_only_out_or_only_lse_is_differentiated() -> None:
             assert relative_error(got, expected) < 1e-12
 
 
-def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_linear() -> None:
     """Nothing as long as queries times keys is made, forward or backward."""
     largest = 0
 
@@ -205,7 +199,6 @@ def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
                     largest = max(largest, x.numel())
             return out
 
-    monkeypatch.setattr(chunked, "MAX_GATHERED", 2**14)
     (q, k, v), _ = make(1, 4096, 4096, (2, 1), (4, 4), size=16)
     indices = torch.arange(4096)[None, :, None, None] // 16
     leaves = [x.float().requires_grad_() for x in (q, k, v)]

@@ -26,7 +26,8 @@ COMPILES_FOR_MINUTES = pytest.mark.skipif(DEVICE == "cuda", reason="compiled, it
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
     """What Triton 3.6's interpreter lacks: loops over a range of tensors (with NumPy 2.4), products of bfloat16, and
-    rounding to it instead of cutting off, which in sums as long as a decay's gradient is another result."""
+    rounding to it instead of cutting off, which in sums as long as a decay's gradient is another result. And a function
+    called in a kernel does not patch the language each time, which takes half of the time."""
     from triton.runtime import interpreter
 
     patch, dot, convert = (
@@ -56,6 +57,15 @@ def interpreter(monkeypatch):
             return widened(data)
         return convert(data, source, target, rounding_mode)
 
+    patched = set()
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__ not in patched:
+            patched.add(self.fn.__module__)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_index)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_of_float32)
     monkeypatch.setattr(interpreter, "_convert_float", convert_rounding)

@@ -63,6 +63,7 @@ class HierarchicalConfig(MixerConfig):
     top_n            how many blocks a query sees in full, those always chosen included.
     first_blocks     blocks at the document's start that are always chosen.
     local_blocks     blocks up to the query's own that are always chosen.
+    select_window    tokens, in whole blocks, the query's own included, beyond which no other is chosen; null for all.
     """
 
     num_heads: Size
@@ -77,6 +78,7 @@ class HierarchicalConfig(MixerConfig):
     top_n: Size = 16
     first_blocks: Count = 1
     local_blocks: Size = 2
+    select_window: Size | None = None
 
     def resolve(self, model: ZooConfig) -> Self:
         head_dim = resolve_head_dim(self.head_dim, self.num_heads, model.hidden_size)
@@ -99,6 +101,15 @@ class HierarchicalConfig(MixerConfig):
         if self.top_n < forced:
             always = f"{forced} blocks are always chosen (first_blocks {self.first_blocks}, local_blocks"
             raise FieldError("top_n", f"must be at least {forced}, as {always} {self.local_blocks}), got {self.top_n}")
+        if self.select_window is not None:
+            if self.select_window % self.select_block:
+                must = f"must be a multiple of select_block ({self.select_block})"
+                raise FieldError("select_window", f"{must}, got {self.select_window}")
+            within = self.select_window // self.select_block
+            if self.top_n > within + self.first_blocks:
+                most = f"must be at most {within + self.first_blocks}, the blocks there are to choose from (those of"
+                always = f"select_window {self.select_window} and first_blocks {self.first_blocks})"
+                raise FieldError("top_n", f"{most} {always}, got {self.top_n}")
         rope = self.rope
         if rope is not None:
             try:
@@ -119,6 +130,11 @@ class HierarchicalConfig(MixerConfig):
         """Those there are, in the order of their projections and gates."""
         has = {"window": self.window is not None, "compress": self.compress is not None, "select": True}
         return [name for name, there in has.items() if there]
+
+    @property
+    def recent_blocks(self) -> int | None:
+        """How many of the last blocks there are to choose from; None for all."""
+        return None if self.select_window is None else self.select_window // self.select_block
 
     @property
     def compressed(self) -> tuple[int, int]:
@@ -246,6 +262,7 @@ class Hierarchical(Mixer):
             top_n=self.config.top_n,
             first_blocks=self.config.first_blocks,
             local_blocks=self.config.local_blocks,
+            recent_blocks=self.config.recent_blocks,
         )
         outs["select"] = ops.block_sparse_attention(
             q, keys, values, chosen, block_size=self.config.select_block, cu_seqlens=cu_seqlens, key_mask=mask

@@ -11,6 +11,8 @@ from zoo.ops import dispatch
 from zoo.ops.block_sparse_attention import chunked, reference  # noqa: F401  (they register themselves)
 from zoo.ops.varlen import check_cu_seqlens
 
+dispatch.lazily("block_sparse_attention", "triton", "zoo.ops.block_sparse_attention.kernels", requires="triton")
+
 
 def block_sparse_attention(
     q: Tensor,

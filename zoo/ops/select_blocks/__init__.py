@@ -8,6 +8,8 @@ from torch import Tensor
 from zoo.ops import dispatch
 from zoo.ops.select_blocks import chunked, reference  # noqa: F401  (they register themselves)
 
+dispatch.lazily("select_blocks", "triton", "zoo.ops.select_blocks.kernels", requires="triton")
+
 
 @torch.no_grad()
 def select_blocks(
@@ -22,6 +24,7 @@ def select_blocks(
     top_n: int,
     first_blocks: int = 1,
     local_blocks: int = 2,
+    recent_blocks: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """The blocks of NSA's third tier (Yuan et al. 2025, arXiv:2502.11089, equations 8 to 12).
@@ -48,6 +51,7 @@ def select_blocks(
         top_n: how many blocks are chosen, at least first_blocks + local_blocks; all where there are not so many.
         first_blocks: of the document, always chosen.
         local_blocks: up to the query's own, always chosen.
+        recent_blocks: up to the query's own, beyond which none is chosen but the first_blocks; None for no such limit.
         scale: of the logits; None is head_dim^-0.5.
 
     Returns:
@@ -73,6 +77,8 @@ def select_blocks(
             f"top_n must be at least first_blocks + local_blocks ({first_blocks} + {local_blocks}, of these at least "
             f"1), got {top_n}"
         )
+    if recent_blocks is not None and recent_blocks < local_blocks:
+        raise ValueError(f"recent_blocks must be at least local_blocks ({local_blocks}), got {recent_blocks}")
     scale = head_dim**-0.5 if scale is None else scale
-    rule = (compress_block, compress_stride, select_block, top_n, first_blocks, local_blocks)
+    rule = (compress_block, compress_stride, select_block, top_n, first_blocks, local_blocks, recent_blocks)
     return dispatch.run("select_blocks", q.device, q, k, first.long(), position.long(), *rule, scale)

@@ -22,6 +22,7 @@ def _select_blocks(
     top_n: int,
     first_blocks: int,
     local_blocks: int,
+    recent_blocks: int | None,
     scale: float,
 ) -> Tensor:
     batch, length = q.shape[:2]
@@ -52,7 +53,10 @@ def _select_blocks(
         # Of blocks without any score the latest is the best.
         scores = torch.where(scores > 0, scores, (blocks - count).to(scores))
         forced = (blocks < first_blocks) | (blocks > own - local_blocks)
-        scores = scores.masked_fill(forced, torch.inf).masked_fill(blocks > own, -torch.inf)
+        hidden = blocks > own
+        if recent_blocks is not None:
+            hidden = hidden | ((blocks <= own - recent_blocks) & ~forced)
+        scores = scores.masked_fill(forced, torch.inf).masked_fill(hidden, -torch.inf)
         best = scores.topk(min(top_n, count), sorted=False)
         found = best.indices.masked_fill(best.values == -torch.inf, -1)
         chosen[:, now, :, : found.shape[-1]] = found.transpose(1, 2)
@@ -71,6 +75,7 @@ def _(
     top_n: int,
     first_blocks: int,
     local_blocks: int,
+    recent_blocks: int | None,
     scale: float,
 ) -> Tensor:
     return position.new_empty(*q.shape[:2], k.shape[2], top_n)

@@ -20,6 +20,7 @@ def select_blocks(
     top_n: int,
     first_blocks: int,
     local_blocks: int,
+    recent_blocks: int | None,
     scale: float,
 ) -> Tensor:
     """The blocks as the public function documents them."""
@@ -39,7 +40,10 @@ def select_blocks(
             own = t // select_block
             for head in range(kv_heads):
                 scores = {}
+                oldest = 0 if recent_blocks is None else own + 1 - recent_blocks
                 for j in range(own + 1):
+                    if first_blocks <= j < oldest:
+                        continue
                     tokens = range(j * select_block, (j + 1) * select_block)
                     score = sum(
                         p[head][i] * len(_overlap(tokens, i * compress_stride, compress_block)) / compress_stride
