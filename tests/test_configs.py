@@ -21,9 +21,11 @@ KINDS = {
     "infini",
     "landmark",
     "linear",
+    "moba",
     "longformer",
     "performer",
     "retention",
+    "three-tier",
 }  # mixers that have a tiny model of their own
 PUBLISHED = {size.name for size in SIZES}
 OWN = [path for path in MODELS if path.stem not in PUBLISHED]  # written by hand

@@ -170,6 +170,23 @@ def test_equals_flash_linear_attention() -> None:
     assert_close(mixer(x, SequenceContext.of(x)), expected, tolerance=1e-6)
 
 
+def test_select_window_limits_how_far_back_blocks_are_chosen() -> None:
+    """A token 48 tokens back, in a block that is neither first nor among the last three, is not seen in full."""
+    fields = NSA | {"num_kv_heads": 1, "select_window": 48, "top_n": 4}
+    length = 150
+    for mixer, recent in ((build(**fields), 3), (build(**fields | {"select_window": None}), 10)):
+        mixer, x = only(mixer, "select"), ones_first(1, length).requires_grad_()
+        reached = torch.zeros(length, length // 16 + 1)
+        out = mixer(x, SequenceContext.of(x))
+        for query in range(96, length, 7):
+            (gradient,) = torch.autograd.grad(out[0, query].sum(), x, retain_graph=True)
+            blocks = (gradient[0].norm(dim=-1) > 1e-12).nonzero().squeeze(1) // 16
+            reached[query, blocks] = 1
+            assert all(block == 0 or block > query // 16 - recent for block in blocks.tolist())
+        beyond = reached[:, 1:].nonzero()
+        assert (beyond[:, 1] + 1 <= beyond[:, 0] // 16 - 3).any() == (recent > 3)
+
+
 def test_moba_has_no_gradient_through_its_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     mixer, x = build(**MOBA), random_input(1, 40, HIDDEN, dtype=torch.float64)
     mixer(x, SequenceContext.of(x)).sum().backward()
@@ -236,6 +253,12 @@ def test_decoding_reads_the_chosen_blocks_only(fields: dict) -> None:
         ({"compress": None, "compress_block": None}, r"compress_stride: has no use with compress: null"),
         ({"compress": "max"}, r"compress: must be one of mlp, mean, stride, got 'max'"),
         ({"local_blocks": 0}, r"local_blocks: must be a whole number >= 1, got 0"),
+        ({"window": 0}, r"window: must be a whole number >= 1, got 0"),
+        ({"compress_stride": 0}, r"compress_stride: must be a whole number >= 1, got 0"),
+        ({"first_blocks": -1}, r"first_blocks: must be a whole number >= 0, got -1"),
+        ({"select_window": -64}, r"select_window: must be a whole number >= 1, got -64"),
+        ({"select_window": 40}, r"select_window: must be a multiple of select_block \(16\), got 40"),
+        ({"select_window": 32}, r"top_n: must be at most 3, the blocks there are to choose from .* got 4"),
     ],
 )
 def test_mistakes_are_named(fields: dict, message: str) -> None:

@@ -117,6 +117,10 @@ HIERARCHICAL_MEAN = {
     "select_block": 6, "top_n": 3, "local_blocks": 1,
 }  # fmt: skip
 HIERARCHICAL_STRIDE = {**HIERARCHICAL, "window": None, "compress": "stride", "select_block": 4, "first_blocks": 0}
+HIERARCHICAL_RECENT = {
+    **HIERARCHICAL, "num_kv_heads": 1, "compress": "mean", "first_blocks": 0, "local_blocks": 1, "top_n": 2,
+    "select_window": 24,
+}  # fmt: skip
 MOBA = {
     "kind": "hierarchical", "num_heads": 4, "window": None, "compress": None, "select_block": 4, "top_n": 3,
     "first_blocks": 0, "local_blocks": 1,
@@ -203,6 +207,7 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "hierarchical": _alone(HIERARCHICAL, MLP),
     "hierarchical-mean": _alone(HIERARCHICAL_MEAN, MLP),
     "hierarchical-stride": _alone(HIERARCHICAL_STRIDE, MLP),
+    "hierarchical-recent": _alone(HIERARCHICAL_RECENT, MLP),
     "hierarchical-moba": _alone(MOBA, MLP),
     "minimax": _stack(
         "lightning*2 softmax",

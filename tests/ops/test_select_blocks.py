@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoo.ops import backend, select_blocks
+from zoo.ops import backend, interval_attention, select_blocks
 from zoo.ops.interval_attention import chunked
 
 BACKENDS = ("reference", "torch")
@@ -119,6 +119,36 @@ def test_the_weights_decide(name: str) -> None:
     assert chosen == [0, 8, 14, 15]
 
 
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("length", [3, 60])
+def test_lse_may_be_given(length: int, rule: dict[str, Any]) -> None:
+    """That of interval_attention to the same keys; and it is used: another one orders heads by other weights."""
+    q, k = make(2, length, compressed_of(length, rule))
+    position = torch.arange(length).expand(2, -1)
+    zero = torch.zeros_like(position)
+    visible = ((position + 1 - rule["compress_block"]) // rule["compress_stride"] + 1).clamp(min=0)
+    lse = interval_attention(q, k, k, zero, visible, scale=rule.get("scale"), return_lse=True)[1]
+    expected = choose("reference", q, k, zero, position, **rule)
+    assert torch.equal(choose("torch", q, k, zero, position, lse=lse, **rule), expected)
+    if length == 60 and rule["top_n"] < 5:
+        lse = lse + torch.tensor([50.0, 0.0, 50.0, 0.0])
+        assert not torch.equal(choose("torch", q, k, zero, position, lse=lse, **rule), expected)
+
+
+@pytest.mark.parametrize("recent", [2, 4, 15, 100])
+def test_recent_blocks(recent: int) -> None:
+    rule = RULES[0] | {"select_block": 4, "top_n": 5}
+    q, k = make(2, 60, compressed_of(60, rule))
+    position = torch.arange(60).expand(2, -1)
+    every = choose("reference", q, k, 0 * position, position, **rule)
+    limited = choose("reference", q, k, 0 * position, position, recent_blocks=recent, **rule)
+    assert torch.equal(choose("torch", q, k, 0 * position, position, recent_blocks=recent, **rule), limited)
+    own = position[..., None, None] // 4
+    assert ((limited == -1) | (limited == 0) | (limited > own - recent)).all()
+    assert ((limited >= 0).sum(-1) == (own[..., 0] + 1).clamp(max=min(5, recent + 1))).all()
+    assert torch.equal(limited, every) == (recent >= 15)
+
+
 def test_nothing_flows_back() -> None:
     q, k = make(1, 20, 5)
     position = torch.arange(20)[None]
@@ -137,10 +167,13 @@ def test_nothing_flows_back() -> None:
         ({"select_block": 2}, "select_block must be at least compress_block"),
         ({"top_n": 2}, "top_n must be at least first_blocks"),
         ({"local_blocks": 0}, "top_n must be at least first_blocks"),
+        ({"recent_blocks": 1}, r"recent_blocks must be at least local_blocks \(2\), got 1"),
+        ({"lse": (1, 9, 2)}, "lse must be"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
     shapes = {"q": (1, 9, 4, 6), "k": (1, 4, 2, 6), "first": (1, 9), "position": (1, 9)}
+    shapes |= {"lse": (1, 9, 4)}
     tensors = {name: torch.zeros(change.get(name, shape)) for name, shape in shapes.items()}
     for name in ("first", "position"):
         tensors[name] = tensors[name].long()

@@ -11,7 +11,7 @@ from tests.ops import aot
 from tests.ops.helpers import DEVICE, poisoned_memory
 from tests.ops.test_linear_attention_kernels import interpreter  # noqa: F401  (a fixture)
 from tests.ops.test_select_blocks import NSA, RULES, compressed_of
-from zoo.ops import backend, select_blocks
+from zoo.ops import backend, interval_attention, select_blocks
 
 kernels = pytest.importorskip("zoo.ops.select_blocks.kernels")
 
@@ -52,6 +52,15 @@ def test_low_precision_with_its_own_tiles(heads: tuple[int, int], dim: int, dtyp
 @pytest.mark.parametrize("heads", [(6, 2), (3, 3), (20, 1)])
 def test_heads(heads: tuple[int, int]) -> None:
     check(*inputs(1, 21, RULES[0], heads), **RULES[0])
+
+
+def test_lse_may_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_lse_kernel", None)
+    q, k, first, position = inputs(2, 23, RULES[0])
+    visible = ((position + 1 - 4) // 2 + 1).clamp(min=0)
+    lse = interval_attention(q, k, k, first, visible, return_lse=True)[1].float().to(DEVICE)
+    expected = choose("reference", q, k, first, position, dtype=torch.float64, **RULES[0])
+    assert torch.equal(choose("triton", q, k, first, position, lse=lse, **RULES[0]), expected)
 
 
 @pytest.mark.parametrize("scores", [1, 60])
@@ -121,7 +130,7 @@ def test_operator_contract_and_one_graph(monkeypatch: pytest.MonkeyPatch) -> Non
     rule = RULES[0]
     q, k, first, position = (x.to(DEVICE) for x in inputs(1, 9, rule))
     q, k = q.float(), k.float()
-    arguments = (q, k, first, position, 4, 2, 8, 4, 1, 2, None, 0.5)
+    arguments = (q, k, first, position, None, 4, 2, 8, 4, 1, 2, None, 0.5)
     torch.library.opcheck(kernels._operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
     def call(q: Tensor, k: Tensor) -> Tensor:
@@ -167,7 +176,7 @@ def launch() -> None:
         q, k = torch.zeros(1, 128, heads, dim, dtype=dtype), torch.zeros(1, 7, kv_heads, dim, dtype=dtype)
         position = torch.zeros(1, 128, dtype=torch.int64)
         for recent in (None, 1024):
-            kernels._select_blocks(q, k, position, position, 32, 16, 64, 16, 1, 2, recent, 1.0)
+            kernels._select_blocks(q, k, position, position, None, 32, 16, 64, 16, 1, 2, recent, 1.0)
     for kernel in compiled:
         for line in kernel.asm["ptx"].splitlines():
             if "wgmma.mma_async" in line:

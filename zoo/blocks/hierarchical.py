@@ -247,9 +247,11 @@ class Hierarchical(Mixer):
             chooser = plain
             short_k, short_v, first = self._compressed(states, k["compress"], v["compress"], context)
             visible = self._blocks_within(position + 1)
-            outs["compress"] = ops.interval_attention(chooser, short_k, short_v, first, first + visible)
+            outs["compress"], lse = ops.interval_attention(
+                chooser, short_k, short_v, first, first + visible, return_lse=True
+            )
         else:
-            chooser = q
+            chooser, lse = q, None
             short_k, _, first = self._compressed(states, k["select"].detach(), v["select"][..., :0], context)
         chosen = ops.select_blocks(
             chooser,
@@ -263,6 +265,7 @@ class Hierarchical(Mixer):
             first_blocks=self.config.first_blocks,
             local_blocks=self.config.local_blocks,
             recent_blocks=self.config.recent_blocks,
+            lse=lse,
         )
         outs["select"] = ops.block_sparse_attention(
             q, keys, values, chosen, block_size=self.config.select_block, cu_seqlens=cu_seqlens, key_mask=mask

@@ -1,6 +1,9 @@
 """interval_attention for some queries at a time: memory is linear in the length.
 
-Nothing is kept but the inputs; the backward computes the probabilities again, as softmax_attention/chunked.py does.
+The backward computes the probabilities again, from lse, as softmax_attention/chunked.py does:
+
+    P = exp(S - lse),   dV = P^T dO,   dS = P * (dO V^T - delta),   delta = rowsum(dO * O) - dlse
+    dQ = dS K,   dK = dS^T Q
 
 Legend: b batch, T queries, L keys, H heads, K kv heads, G = H/K query heads per kv head, D head_dim.
 """
@@ -28,49 +31,50 @@ def interval_attention(
 
 
 class Chunk(NamedTuple):
-    """Some queries, the keys that any of them sees, and the logits `[b, K, n, G, keys]` of those, -inf where hidden."""
+    """Some queries, the keys that any of them sees, and the logits `[b*K, n, G, keys]` of those, -inf where hidden.
+
+    aligned   whether all the queries that see a key see the first of these
+    """
 
     queries: slice
     keys: slice
     logits: Tensor
+    aligned: bool
 
 
-def chunks(q: Tensor, k: Tensor, first: Tensor, stop: Tensor, scale: float) -> Iterator[Chunk]:
-    """All queries of q `[b, T, H, D]`, some at a time, in at least float32."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    batch, length, heads, _ = q.shape
-    kv_heads = k.shape[2]
+def chunks(rows: Tensor, keys: Tensor, first: Tensor, stop: Tensor) -> Iterator[Chunk]:
+    """All queries `[b*K, T, G, D]`, scaled, some at a time, with keys `[b*K, L, D]`."""
+    groups, length, group, _ = rows.shape
     longest = max(1, int((stop - first).max()))
-    size = min(MAX_QUERIES, max(1, MAX_LOGITS // (batch * heads * longest)))
+    size = min(MAX_QUERIES, max(1, MAX_LOGITS // (groups * group * longest)))
     is_empty = stop <= first
-    lows = torch.where(is_empty, k.shape[1], first).amin(0)
-    highs = torch.where(is_empty, 0, stop).amax(0)
-    low_high = torch.stack(
-        [torch.stack([a.min(), b.max()]) for a, b in zip(lows.split(size), highs.split(size), strict=True)]
-    )
-    for i, (low, high) in enumerate(low_high.tolist()):
-        queries, keys = slice(i * size, min((i + 1) * size, length)), slice(min(low, high), high)
-        rows = _grouped(q[:, queries].to(wide) * scale, kv_heads)
-        logits = (rows @ k[:, keys].to(wide).permute(0, 2, 3, 1)).unflatten(2, (-1, heads // kv_heads))
-        index = torch.arange(keys.start, keys.stop, device=q.device)
-        hidden = (index < first[:, queries, None]) | (index >= stop[:, queries, None])
-        yield Chunk(queries, keys, logits.masked_fill_(hidden[:, None, :, None], -torch.inf))
+    low, high = torch.where(is_empty, keys.shape[1], first), torch.where(is_empty, 0, stop)
+    last_low, first_high = torch.where(is_empty, 0, first), torch.where(is_empty, 0, stop)
+    bounds = torch.stack([low.amin(0), -high.amax(0), -last_low.amax(0), first_high.amin(0)])
+    bounds = torch.stack([part.amin(1) for part in bounds.split(size, 1)], 1) * torch.tensor([[1], [-1], [-1], [1]])
+    for i, (low, high, last_low, first_high) in enumerate(bounds.T.tolist()):
+        low, now = min(low, high), slice(i * size, min((i + 1) * size, length))
+        logits = rows[:, now].flatten(1, 2) @ keys[:, low:high].mT
+        logits = logits.unflatten(1, (-1, group))
+        # Only at either end is anything hidden that another of these queries sees.
+        for begin, end in ((low, min(last_low, high)), (max(first_high, low), high)):
+            if begin < end:
+                index = torch.arange(begin, end, device=rows.device)
+                hidden = (index < first[:, now, None]) | (index >= stop[:, now, None])
+                hidden = hidden.repeat_interleave(groups // len(first), 0)[:, :, None]
+                logits[..., begin - low : end - low].masked_fill_(hidden, -torch.inf)
+        yield Chunk(now, slice(low, high), logits, last_low == low)
 
 
-def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the last dimension, and its log-sum-exp; a row that sees nothing has zeros and -inf."""
-    lse = logits.logsumexp(-1)
-    return (logits - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp_(), lse
+def by_head(x: Tensor, kv_heads: int) -> Tensor:
+    """`[b, T, H, ...]` to `[b*K, T, G, ...]` in at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(2, (kv_heads, -1))
+    return x.movedim(2, 1).flatten(0, 1).contiguous()
 
 
-def _grouped(x: Tensor, kv_heads: int) -> Tensor:
-    """`[b, n, H, D]` to `[b, K, n*G, D]`."""
-    return x.unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(2, 3)
-
-
-def _ungrouped(x: Tensor, queries: int) -> Tensor:
+def _by_token(x: Tensor, batch: int) -> Tensor:
     """The inverse."""
-    return x.unflatten(2, (queries, -1)).transpose(1, 2).flatten(2, 3)
+    return x.unflatten(0, (batch, -1)).movedim(1, 2).flatten(2, 3)
 
 
 # Opaque operators: torch.compile would otherwise unroll the loop over queries into its graph.
@@ -78,46 +82,64 @@ def _ungrouped(x: Tensor, queries: int) -> Tensor:
 
 @torch.library.custom_op("zoo::interval_attention_forward", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, stop: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    lse = q.new_empty(q.shape[:3], dtype=wide)
-    for chunk in chunks(q, k, first, stop, scale):
-        p, lse_chunk = softmax(chunk.logits)
-        lse[:, chunk.queries] = lse_chunk.transpose(1, 2).flatten(2)
-        values = v[:, chunk.keys].to(wide).transpose(1, 2)
-        out[:, chunk.queries] = _ungrouped(p.flatten(2, 3) @ values, p.shape[2])
-    return out, lse
+    kv_heads = k.shape[2]
+    rows, (keys, values) = by_head(q, kv_heads) * scale, (by_head(x, kv_heads)[:, :, 0] for x in (k, v))
+    out, lse = rows.new_zeros(*rows.shape[:3], v.shape[3]), rows.new_full(rows.shape[:3], -torch.inf)
+    for chunk in chunks(rows, keys, first, stop):
+        if not chunk.logits.numel():
+            continue
+        p, lse[:, chunk.queries], sums = exponentials(chunk.logits)
+        found = (p.flatten(1, 2) @ values[:, chunk.keys]).unflatten(1, p.shape[1:3])
+        torch.div(found, sums, out=out[:, chunk.queries])
+    out, lse = (_by_token(x, len(q)).contiguous() for x in (out, lse))
+    return out.to(q.dtype), lse
+
+
+def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In place, exp(logits - their maximum); and lse, and their sums `[..., 1]` (1 where there is nothing)."""
+    highest = logits.amax(-1, keepdim=True)
+    highest.masked_fill_(highest == -torch.inf, 0)
+    p = logits.sub_(highest).exp_()
+    sums = p.sum(-1, keepdim=True)
+    return p, (highest + sums.log()).squeeze(-1), sums.masked_fill(sums == 0, 1)
 
 
 @torch.library.custom_op("zoo::interval_attention_backward", mutates_args=())
 def _backward(
-    grad_out: Tensor | None,
+    grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     first: Tensor,
     stop: Tensor,
+    out: Tensor,
+    lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    wide, kv_heads = torch.promote_types(q.dtype, torch.float32), k.shape[2]
-    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-    for chunk in chunks(q, k, first, stop, scale):
-        p, lse = softmax(chunk.logits)
-        grad_logits = torch.zeros_like(p)
-        if grad_out is not None:
-            grad = _grouped(grad_out[:, chunk.queries].to(wide), kv_heads)
-            grad_v[:, chunk.keys] += (p.flatten(2, 3).mT @ grad).transpose(1, 2)
-            grad_p = (grad @ v[:, chunk.keys].to(wide).permute(0, 2, 3, 1)).view(p.shape)
-            grad_logits = p * (grad_p - (p * grad_p).sum(-1, keepdim=True))
-        if grad_lse is not None:
-            grad = grad_lse[:, chunk.queries].unflatten(2, (kv_heads, -1)).transpose(1, 2)
-            grad_logits += p * grad.masked_fill(lse == -torch.inf, 0)[..., None]
-        rows = grad_logits.flatten(2, 3)
-        grad_k[:, chunk.keys] += (rows.mT @ _grouped(q[:, chunk.queries].to(wide) * scale, kv_heads)).transpose(1, 2)
-        grad_q[:, chunk.queries] = _ungrouped(rows @ k[:, chunk.keys].to(wide).transpose(1, 2) * scale, p.shape[2])
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+    kv_heads = k.shape[2]
+    delta = (grad_out.to(lse.dtype) * out).sum(-1)
+    if grad_lse is not None:
+        delta -= grad_lse.masked_fill(lse == -torch.inf, 0)
+    lse = lse.masked_fill(lse == -torch.inf, 0)
+    rows, grads, delta, lse = (by_head(x, kv_heads) for x in (q, grad_out, delta, lse))
+    keys, values = (by_head(x, kv_heads)[:, :, 0] for x in (k, v))
+    rows = rows * scale
+    grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (rows, keys, values))
+    for chunk in chunks(rows, keys, first, stop):
+        now, seen = chunk.queries, chunk.keys
+        p = chunk.logits.sub_(lse[:, now, :, None]).exp_()
+        own, grad = rows[:, now].flatten(1, 2), grads[:, now].flatten(1, 2)
+        grad_v[:, seen].baddbmm_(p.flatten(1, 2).mT, grad)
+        grad_p = (grad @ values[:, seen].mT).view(p.shape)
+        grad_logits = grad_p.sub_(delta[:, now, :, None]).mul_(p).flatten(1, 2)
+        grad_k[:, seen].baddbmm_(grad_logits.mT, own)
+        grad_q[:, now] = (grad_logits @ keys[:, seen]).unflatten(1, p.shape[1:3])
+    grad_q *= scale
+    by_token = (_by_token(x, len(q)) for x in (grad_q, grad_k[:, :, None], grad_v[:, :, None]))
+    grad_q, grad_k, grad_v = (x.to(like.dtype).contiguous() for x, like in zip(by_token, (q, k, v), strict=True))
+    return grad_q, grad_k, grad_v
 
 
 @_forward.register_fake
@@ -128,25 +150,28 @@ def _(q: Tensor, k: Tensor, v: Tensor, first: Tensor, stop: Tensor, scale: float
 
 @_backward.register_fake
 def _(
-    grad_out: Tensor | None,
+    grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     first: Tensor,
     stop: Tensor,
+    out: Tensor,
+    lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    grad_out = torch.zeros_like(ctx.saved_tensors[5]) if grad_out is None else grad_out
     return *_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.scale), None, None, None
 
 

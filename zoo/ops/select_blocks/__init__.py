@@ -26,6 +26,7 @@ def select_blocks(
     local_blocks: int = 2,
     recent_blocks: int | None = None,
     scale: float | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """The blocks of NSA's third tier (Yuan et al. 2025, arXiv:2502.11089, equations 8 to 12).
 
@@ -53,6 +54,8 @@ def select_blocks(
         local_blocks: up to the query's own, always chosen.
         recent_blocks: up to the query's own, beyond which none is chosen but the first_blocks; None for no such limit.
         scale: of the logits; None is head_dim^-0.5.
+        lse: `[batch, length, heads]`, the log-sum-exp of each query's logits where that is known, as from
+            interval_attention to the same keys; None computes it.
 
     Returns:
         int64 `[batch, length, kv_heads, top_n]` in no order, counted from the document's start, -1 for none: the
@@ -79,6 +82,8 @@ def select_blocks(
         )
     if recent_blocks is not None and recent_blocks < local_blocks:
         raise ValueError(f"recent_blocks must be at least local_blocks ({local_blocks}), got {recent_blocks}")
+    if lse is not None and lse.shape != q.shape[:3]:
+        raise ValueError(f"lse must be [batch, length, heads] = {list(q.shape[:3])}, got {list(lse.shape)}")
     scale = head_dim**-0.5 if scale is None else scale
     rule = (compress_block, compress_stride, select_block, top_n, first_blocks, local_blocks, recent_blocks)
-    return dispatch.run("select_blocks", q.device, q, k, first.long(), position.long(), *rule, scale)
+    return dispatch.run("select_blocks", q.device, q, k, first.long(), position.long(), lse, *rule, scale)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.ops.dispatch import implements
-from zoo.ops.interval_attention.chunked import chunks, softmax
+from zoo.ops.interval_attention.chunked import by_head, chunks, exponentials
 
 
 @torch.library.custom_op("zoo::select_blocks", mutates_args=())
@@ -16,6 +16,7 @@ def _select_blocks(
     k: Tensor,
     first: Tensor,
     position: Tensor,
+    lse: Tensor | None,
     compress_block: int,
     compress_stride: int,
     select_block: int,
@@ -25,30 +26,32 @@ def _select_blocks(
     recent_blocks: int | None,
     scale: float,
 ) -> Tensor:
-    batch, length = q.shape[:2]
-    chosen = torch.full((batch, length, k.shape[2], top_n), -1, device=q.device)
+    (batch, length), kv_heads = q.shape[:2], k.shape[2]
+    chosen = torch.full((batch, length, kv_heads, top_n), -1, device=q.device)
     visible = ((position + 1 - compress_block + compress_stride) // compress_stride).clamp(min=0)
     per_block, reach = select_block // compress_stride, compress_block // compress_stride
-    # How many strides compressed block i has in selected block j, for i from per_block * j - (reach - 1) on.
-    strides = torch.ones(1, 1, per_block), torch.ones(1, 1, reach)
-    weights = F.conv1d(F.pad(strides[0], (reach - 1, reach - 1)), strides[1])[0, 0]
-    for chunk in chunks(q, k, first, first + visible, scale):
+    # How many strides each compressed block of a selected one has in it, and each of the selected block before.
+    index = torch.arange(per_block, device=q.device)
+    weights = torch.stack([(index + reach).clamp(max=per_block) - index, (index - per_block + reach).clamp(min=0)], 1)
+    rows, short = by_head(q, kv_heads) * scale, by_head(k, kv_heads)[:, :, 0]
+    weights = weights.to(rows)
+    if lse is not None:
+        lse = by_head(lse.masked_fill(lse == -torch.inf, 0), kv_heads)[..., None].to(rows)
+    for chunk in chunks(rows, short, first, first + visible):
         now = chunk.queries
-        p = softmax(chunk.logits)[0].sum(3)  # over the heads of a group: [b, K, n, keys]
         own = position[:, now] // select_block  # of no query -1
         count = int(own.max()) + 1
         if count == 0:
             continue
-        # Counted from the document's start instead of the chunk's first key.
-        ranks = torch.arange(count * per_block, device=q.device)
-        columns = (first[:, now, None] - chunk.keys.start + ranks)[:, None].expand(-1, p.shape[1], -1, -1)
-        hidden = ranks >= visible[:, None, now, None]
-        if p.shape[-1]:
-            p = p.gather(-1, columns.clamp(0, p.shape[-1] - 1)).masked_fill(hidden, 0)
-        else:
-            p = p.new_zeros(hidden.shape).expand_as(columns)
-        windows = F.pad(p, (reach - 1, 0)).unfold(-1, per_block + reach - 1, per_block)
-        scores = (windows * weights.to(p)).sum(-1)
+        p = _summed(chunk.logits, None if lse is None else lse[:, now]).unflatten(0, (batch, kv_heads))
+        if not chunk.aligned:  # counted from the document's start instead of the chunk's first key
+            ranks = torch.arange(count * per_block, device=q.device)
+            columns = (first[:, now, None] - chunk.keys.start + ranks).clamp(0, p.shape[-1] - 1)[:, None]
+            hidden = ranks >= visible[:, None, now, None]
+            p = p.gather(-1, columns.expand(-1, kv_heads, -1, -1)).masked_fill_(hidden, 0)
+        blocks_of = F.pad(p, (0, count * per_block - p.shape[-1])).unflatten(-1, (count, per_block))
+        scores, before = (blocks_of @ weights).unbind(-1)
+        scores[..., 1:] += before[..., :-1]
         blocks, own = torch.arange(count, device=q.device), own[:, None, :, None]
         # Of blocks without any score the latest is the best.
         scores = torch.where(scores > 0, scores, (blocks - count).to(scores))
@@ -63,12 +66,23 @@ def _select_blocks(
     return chosen
 
 
+def _summed(logits: Tensor, lse: Tensor | None) -> Tensor:
+    """`[b*K, n, keys]`: the softmax of logits `[b*K, n, G, keys]`, summed over the heads of a group."""
+    if not logits.shape[-1]:
+        return logits.sum(2)
+    if lse is not None:
+        return logits.sub_(lse).exp_().sum(2)
+    p, _, sums = exponentials(logits)
+    return p.div_(sums).sum(2)
+
+
 @_select_blocks.register_fake
 def _(
     q: Tensor,
     k: Tensor,
     first: Tensor,
     position: Tensor,
+    lse: Tensor | None,
     compress_block: int,
     compress_stride: int,
     select_block: int,

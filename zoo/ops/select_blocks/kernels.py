@@ -1,7 +1,7 @@
 # mypy: disable-error-code="assignment,no-untyped-def"
 """select_blocks on a GPU, for so many queries at a time that their scores are no more than MAX_SCORES numbers.
 
-    _lse_kernel    lse of every query and head over the compressed keys that it sees
+    _lse_kernel    lse of every query and head over the compressed keys that it sees, unless it is given
     _score_kernel  score_j = sum_o w_o sum_heads exp(s q . k_(r j + o) - lse),   o = 1 - l/d ... r - 1,   r = l'/d
     _top_kernel    the best blocks one after another
 
@@ -76,7 +76,7 @@ def _lse_kernel(
     k,  # [B, C, K, D]
     first,  # [B, T]
     visible,  # [B, T]
-    lse,  # [B, T, H], binary
+    lse,  # [B, T, H]
     scale,
     length,
     keys,
@@ -121,7 +121,7 @@ def _lse_kernel(
         level = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp2(highest - level) + tl.sum(tl.exp2(logits - level[:, None]), 1)
         highest = higher
-    found = tl.where(count > 0, highest + tl.log2(tl.where(count > 0, total, 1.0)), 0.0)
+    found = tl.where(count > 0, (highest + tl.log2(tl.where(count > 0, total, 1.0))) / LOG2E, 0.0)
     tl.store(lse + (row * length + query) * H + group * G + head, found, mask=real)
 
 
@@ -184,7 +184,7 @@ def _score_kernel(
     at = row * q_row + (start + query) * q_token + (group * G + head) * q_head
     q_tile = tl.load(q + at[:, None] + dim[None, :], mask=real[:, None] & inside, other=0)
     at = (row * length + start + query) * H + group * G + head
-    level = tl.load(lse + at, mask=real, other=0.0)
+    level = tl.load(lse + at, mask=real, other=0.0) * LOG2E
     score = tl.zeros([at_once, BC], tl.float32)
     # One document after another, of those that the tile's queries are in.
     lowest = tl.min(tl.where(count > 0, begin, FAR), 0)
@@ -254,6 +254,7 @@ def _select_blocks(
     k: Tensor,
     first: Tensor,
     position: Tensor,
+    lse: Tensor | None,
     compress_block: int,
     compress_stride: int,
     select_block: int,
@@ -283,10 +284,12 @@ def _select_blocks(
     }
     strides = (*q.stride()[:3], *k.stride()[:3])
     at_once = constants["ROWS"] // group
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    _lse_kernel[(batch * kv_heads * triton.cdiv(length, at_once),)](
-        q, k, first, visible, lse, scale, length, keys, *strides, **constants
-    )
+    if lse is None:
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        _lse_kernel[(batch * kv_heads * triton.cdiv(length, at_once),)](
+            q, k, first, visible, lse, scale, length, keys, *strides, **constants
+        )
+    lse = lse.float().contiguous()
     # So many tokens complete no more compressed blocks than there are.
     blocks = (keys * compress_stride + compress_block - 2) // select_block + 1
     chosen = torch.empty(batch, length, kv_heads, top_n, dtype=torch.int64, device=q.device)
@@ -310,13 +313,13 @@ _operator = torch.library.custom_op("zoo::select_blocks_triton", _select_blocks,
 
 
 @_operator.register_fake
-def _(q: Tensor, k: Tensor, first: Tensor, position: Tensor, *rule: Any) -> Tensor:
+def _(q: Tensor, k: Tensor, first: Tensor, position: Tensor, lse: Tensor | None, *rule: Any) -> Tensor:
     return position.new_empty(*q.shape[:2], k.shape[2], rule[3])
 
 
 @implements("select_blocks", "triton", refuses=_refuses)
-def select_blocks(q: Tensor, k: Tensor, first: Tensor, position: Tensor, *rule: Any) -> Tensor:
+def select_blocks(q: Tensor, k: Tensor, first: Tensor, position: Tensor, lse: Tensor | None, *rule: Any) -> Tensor:
     """The blocks as the public function documents them."""
     # Calling an operator takes longer than a token's kernel, so decoding goes without.
     call = _operator if torch.compiler.is_compiling() else _select_blocks
-    return call(q, k, first, position, *rule)
+    return call(q, k, first, position, lse, *rule)

@@ -14,6 +14,7 @@ def select_blocks(
     k: Tensor,
     first: Tensor,
     position: Tensor,
+    lse: Tensor | None,
     compress_block: int,
     compress_stride: int,
     select_block: int,
