@@ -281,6 +281,7 @@ def _select_blocks(
         "BD": max(16, triton.next_power_of_2(dim)),
         "PRECISION": "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee",
         "num_warps": tiles.warps,
+        "num_stages": 2,
     }
     strides = (*q.stride()[:3], *k.stride()[:3])
     at_once = constants["ROWS"] // group
