@@ -12,6 +12,8 @@ from zoo.ops.infini_attention import chunked as chunked
 from zoo.ops.infini_attention import reference as reference
 from zoo.ops.varlen import check_cu_seqlens
 
+dispatch.lazily("infini_attention", "triton", "zoo.ops.infini_attention.kernels", requires="triton")
+
 
 def infini_attention(
     q: Tensor,

@@ -41,7 +41,7 @@ def infini_attention(
     if key_mask is not None and key_mask.shape[1] > segment and q.shape[1] > 1:
         return _padded(q, k, v, q_mem, k_mem, memories, segment, key_mask, write_last)
     if key_mask is None:
-        local = _within_segments(q, k, v, segment)
+        local = within_segments(q, k, v, segment)
         out = memories.run(local, q_mem, k_mem, v, segment, write_last)
         return out.to(q.dtype), memories.m, memories.z
     # No row has more than a segment of real keys.
@@ -134,7 +134,7 @@ def _by_head(x: Tensor, memories: int) -> Tensor:
     return x.unflatten(2, (memories, -1)).transpose(1, 2).flatten(2, 3)
 
 
-def _within_segments(q: Tensor, k: Tensor, v: Tensor, segment: int) -> Tensor:
+def within_segments(q: Tensor, k: Tensor, v: Tensor, segment: int) -> Tensor:
     """Attention of each query to the keys of its segment that are not after it."""
     past, key_length, outs = k.shape[1] - q.shape[1], k.shape[1], []
     first = min(segment, key_length) if past or key_length <= segment else 0
@@ -199,7 +199,7 @@ def _padded(
         torch.where((order >= past)[..., None, None], gathered(x, (order - past).clamp(min=0)), 0) for x in (q, q_mem)
     )
     q, q_mem, k, v, k_mem = (torch.where(real, x, 0) for x in (q, q_mem, *(gathered(x, order) for x in (k, v, k_mem))))
-    out = memories.run(_within_segments(q, k, v, segment), q_mem, k_mem, v, segment, write_last, tokens)
+    out = memories.run(within_segments(q, k, v, segment), q_mem, k_mem, v, segment, write_last, tokens)
     place = (key_mask.cumsum(1) - 1).clamp(min=0)[:, past:]
     out = torch.where(key_mask[:, past:, None, None], gathered(out, place), 0)
     return out.to(q.dtype), memories.m, memories.z

@@ -42,9 +42,21 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import pad
 
 from zoo.ops.dispatch import implements
+from zoo.ops.tiles import (
+    Pieces,
+    bound,
+    load,
+    load_state,
+    pieces_of,
+    place,
+    rows_of,
+    store_state,
+    store_transposed,
+    tf32_is_asked_for,
+    tile_size,
+)
 
 MAX_DIM = 256
 # Four programs for each of an H100's 132 multiprocessors.
@@ -105,88 +117,6 @@ def _tiles(dtype: torch.dtype, key_dim: int, value_dim: int) -> _Tiles:
     if dtype == torch.float32:
         return FLOAT32
     return WGMMA if dtype == torch.bfloat16 and min(key_dim, value_dim) > 32 else TENSOR_CORE
-
-
-def _tile(dim: int, largest: int) -> int:
-    """A power of two from 16 to `largest`, half of that where it covers `dim` more closely."""
-    if dim > largest > 64 and triton.cdiv(dim, largest // 2) % 2 == 1:
-        return largest // 2
-    return max(16, min(largest, triton.next_power_of_2(dim)))
-
-
-class _Pieces(NamedTuple):
-    """Documents cut into pieces of `size` tokens, in order; a document has at least one, if only an empty one.
-
-    How many there are for packed documents stays on the device: `number` is a bound, and the pieces beyond the last
-    count as empty ones of the last document.
-    """
-
-    number: int
-    size: int
-    document: Tensor | None  # [number], the document of each piece; None where all rows are alike
-    first: Tensor | None  # [documents + 1], the first piece of each document
-
-
-def _pieces(documents: int, length: int, size: int, cu_seqlens: Tensor | None) -> _Pieces:
-    if cu_seqlens is None:
-        return _Pieces(documents * triton.cdiv(length, size), size, None, None)
-    counts = ((cu_seqlens.diff() + (size - 1)) // size).clamp_(min=1)
-    first = pad(counts.cumsum(0), (1, 0))
-    number = _bound(documents, length, size)
-    pieces = torch.arange(number, device=cu_seqlens.device)
-    document = torch.searchsorted(first[1:], pieces, right=True).clamp_(max=documents - 1)
-    return _Pieces(number, size, document, first)
-
-
-def _bound(documents: int, length: int, size: int) -> int:
-    """At most this many pieces of `size` tokens come from documents of `length` tokens together."""
-    return length // size + documents
-
-
-@triton.jit
-def _place(piece, document_of, first_of, cu_seqlens, length, size):
-    """`(document, start, tokens, index, last)`: a piece is the index-th of its document, and ends it or not; its first
-    token is counted over all rows."""
-    if document_of is None:
-        per_row = tl.cdiv(length, size)
-        document = (piece // per_row).to(tl.int64)
-        index = (piece % per_row).to(tl.int64)
-        start = document * length
-        whole = length
-    else:
-        document = tl.load(document_of + piece)
-        index = piece - tl.load(first_of + document)
-        start = tl.load(cu_seqlens + document).to(tl.int64)
-        whole = tl.load(cu_seqlens + document + 1) - start
-    offset = index * size
-    return document, start + offset, tl.minimum(whole - offset, size).to(tl.int32), index, offset + size >= whole
-
-
-@triton.jit
-def _load(x, token, inside, stride, dim, DIM: tl.constexpr, DTYPE: tl.constexpr):
-    """A tile [token, dim] of one head of x."""
-    mask = inside[:, None] & (dim < DIM)[None, :]
-    return tl.load(x + token[:, None] * stride + dim[None, :], mask=mask, other=0).to(DTYPE)
-
-
-@triton.jit
-def _store_transposed(x, token, inside, stride, dim, DIM: tl.constexpr, tile):
-    """A tile [dim, token] into one head of x."""
-    mask = inside[None, :] & (dim < DIM)[:, None]
-    tl.store(x + token[None, :] * stride + dim[:, None], tile.to(x.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _load_state(states, index, k, v, K: tl.constexpr, V: tl.constexpr, DTYPE: tl.constexpr):
-    """A tile [k, v] of states [..., K, V]."""
-    mask = (k < K)[:, None] & (v < V)[None, :]
-    return tl.load(states + index * (K * V) + k[:, None] * V + v[None, :], mask=mask, other=0).to(DTYPE)
-
-
-@triton.jit
-def _store_state(states, index, k, v, K: tl.constexpr, V: tl.constexpr, tile):
-    mask = (k < K)[:, None] & (v < V)[None, :]
-    tl.store(states + index * (K * V) + k[:, None] * V + v[None, :], tile.to(states.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -284,7 +214,7 @@ def _walk_kernel(
     k = (program % tiles_k) * BK + tl.arange(0, BK)
     program = program // tiles_k
     head = (program % H).to(tl.int64)
-    document, start, tokens, index, last = _place(program // H, document_of, first_of, cu_seqlens, length, size)
+    document, start, tokens, index, last = place(program // H, document_of, first_of, cu_seqlens, length, size)
     segment = (program // H).to(tl.int64)
     if REVERSE:
         last = index == 0
@@ -299,29 +229,29 @@ def _walk_kernel(
     y += head * stride_y_head
     state = tl.zeros([BK, BV], tl.float32)
     if entering is not None:
-        state += _load_state(entering, segment * H + head, k, v, K, V, tl.float32)
+        state += load_state(entering, segment * H + head, k, v, K, V, tl.float32)
     slope = _slope(log_decay, head, PER_TOKEN)
     passed = 0.0
     chunks = tl.cdiv(tokens, C)
     for n in range(0, chunks):
         i = chunks - 1 - n if REVERSE else n
         if states is not None:
-            _store_state(states, (chunk + i) * H + head, k, v, K, V, state)
+            store_state(states, (chunk + i) * H + head, k, v, K, V, state)
         here = start + i * C
         left = tl.minimum(tokens - i * C, C)
         step = tl.arange(0, C)
-        x_tile = _load(x, here + step, step < left, stride_x, k, K, DTYPE)
-        y_tile = _load(y, here + step, step < left, stride_y, v, V, DTYPE)
+        x_tile = load(x, here + step, step < left, stride_x, k, K, DTYPE)
+        y_tile = load(y, here + step, step < left, stride_y, v, V, DTYPE)
         _high, _low, into, out_of, total = _decays(slope, log_decay, here, left, head, H, C, PER_TOKEN)
         weight = into * scale if REVERSE else out_of
         y_tile = (y_tile * weight[:, None]).to(DTYPE)
         state = tl.dot(tl.trans(x_tile), y_tile, state * tl.exp2(total), input_precision=PRECISION)
         passed += total
     if SUMMARY:
-        _store_state(leaving, segment * H + head, k, v, K, V, state)
+        store_state(leaving, segment * H + head, k, v, K, V, state)
         tl.store(totals + segment * H + head, passed)
     elif last:
-        _store_state(leaving, document * H + head, k, v, K, V, state)
+        store_state(leaving, document * H + head, k, v, K, V, state)
 
 
 @triton.jit(do_not_specialize=["per_row"])
@@ -398,7 +328,7 @@ def _mix_kernel(
     v = (program % tiles_v) * BV + tl.arange(0, BV)
     program = program // tiles_v
     first_head = (program % (H // HEADS)).to(tl.int64) * HEADS
-    _, start, tokens, _, _ = _place(program // (H // HEADS), document_of, first_of, cu_seqlens, length, C)
+    _, start, tokens, _, _ = place(program // (H // HEADS), document_of, first_of, cu_seqlens, length, C)
     if tokens <= 0:
         return
     chunk = (program // (H // HEADS)).to(tl.int64)
@@ -411,25 +341,25 @@ def _mix_kernel(
     x_tiles = ()
     for begin in tl.static_range(0, K, BK):
         k = begin + tl.arange(0, BK)
-        x_tile = _load(x + group * stride_x_head, token, inside, stride_x, k, K, DTYPE)
-        s_tile = _load(s + group * stride_s_head, token, inside, stride_s, k, K, DTYPE)
+        x_tile = load(x + group * stride_x_head, token, inside, stride_x, k, K, DTYPE)
+        s_tile = load(s + group * stride_s_head, token, inside, stride_s, k, K, DTYPE)
         scores = tl.dot(s_tile, tl.trans(x_tile), scores, input_precision=PRECISION)
         x_tiles += (x_tile,)
     scores *= scale
     for n in range(HEADS):
         head = first_head + n
-        y_tile = _load(y + head * stride_y_head, token, inside, stride_y, v, V, DTYPE)
+        y_tile = load(y + head * stride_y_head, token, inside, stride_y, v, V, DTYPE)
         result = tl.zeros([BV, C], tl.float32)
         for i in tl.static_range((K + BK - 1) // BK):
             k = i * BK + tl.arange(0, BK)
-            state = _load_state(states, chunk * H + head, k, v, K, V, DTYPE)
+            state = load_state(states, chunk * H + head, k, v, K, V, DTYPE)
             result = tl.dot(tl.trans(state), tl.trans(x_tiles[i]), result, input_precision=PRECISION)
         slope = _slope(log_decay, head, PER_TOKEN)
         high, low, into, out_of, _total = _decays(slope, log_decay, start, tokens, head, H, C, PER_TOKEN)
         factor = out_of if REVERSE else into * scale
         weights = scores * _within(slope, high, low, C, PER_TOKEN, REVERSE)
         result = tl.dot(tl.trans(y_tile), weights.to(DTYPE), result * factor[None, :], input_precision=PRECISION)
-        _store_transposed(out + head * V, token, inside, H * V, v, V, result)
+        store_transposed(out + head * V, token, inside, H * V, v, V, result)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -484,7 +414,7 @@ def _gradient_kernel(
     tile = (program % tiles_k).to(tl.int64)
     program = program // tiles_k
     first_head = (program % (H // HEADS)).to(tl.int64) * HEADS
-    _, start, tokens, _, _ = _place(program // (H // HEADS), document_of, first_of, cu_seqlens, length, C)
+    _, start, tokens, _, _ = place(program // (H // HEADS), document_of, first_of, cu_seqlens, length, C)
     if tokens <= 0:
         return
     chunk = (program // (H // HEADS)).to(tl.int64)
@@ -495,8 +425,8 @@ def _gradient_kernel(
     token = start + step
     inside = step < tokens
     dim = tile * BK + tl.arange(0, BK)
-    q_tile = _load(q + group * stride_q_head, token, inside, stride_q, dim, K, DTYPE)
-    k_tile = _load(k + group * stride_k_head, token, inside, stride_k, dim, K, DTYPE)
+    q_tile = load(q + group * stride_q_head, token, inside, stride_q, dim, K, DTYPE)
+    k_tile = load(k + group * stride_k_head, token, inside, stride_k, dim, K, DTYPE)
     dq_tile = tl.zeros([BK, C], tl.float32)
     dk_tile = tl.zeros([BK, C], tl.float32)
     for n in range(HEADS):
@@ -506,8 +436,8 @@ def _gradient_kernel(
         d_tiles = ()
         for begin in tl.static_range(0, V, BV):
             value = begin + tl.arange(0, BV)
-            v_tile = _load(v + head * stride_v_head, token, inside, stride_v, value, V, DTYPE)
-            d_tile = _load(d_out + head * stride_d_out_head, token, inside, stride_d_out, value, V, DTYPE)
+            v_tile = load(v + head * stride_v_head, token, inside, stride_v, value, V, DTYPE)
+            d_tile = load(d_out + head * stride_d_out_head, token, inside, stride_d_out, value, V, DTYPE)
             d_scores = tl.dot(d_tile, tl.trans(v_tile), d_scores, input_precision=PRECISION)
             v_tiles += (v_tile,)
             d_tiles += (d_tile,)
@@ -527,10 +457,10 @@ def _gradient_kernel(
         through = tl.zeros([BK], tl.float32)
         for i in tl.static_range((V + BV - 1) // BV):
             value = i * BV + tl.arange(0, BV)
-            state = _load_state(states, chunk * H + head, dim, value, K, V, DTYPE)
+            state = load_state(states, chunk * H + head, dim, value, K, V, DTYPE)
             dq_head = tl.dot(state, tl.trans(d_tiles[i]), dq_head, input_precision=PRECISION)
             if d_decay is not None:
-                d_state = _load_state(d_states, chunk * H + head, dim, value, K, V, DTYPE)
+                d_state = load_state(d_states, chunk * H + head, dim, value, K, V, DTYPE)
                 through += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)
         dq_head *= (into * scale)[None, :]
         if d_decay is not None:
@@ -539,7 +469,7 @@ def _gradient_kernel(
 
         dk_head = tl.zeros([BK, C], tl.float32)
         for i in tl.static_range((V + BV - 1) // BV):
-            d_state = _load_state(d_states, chunk * H + head, dim, i * BV + tl.arange(0, BV), K, V, DTYPE)
+            d_state = load_state(d_states, chunk * H + head, dim, i * BV + tl.arange(0, BV), K, V, DTYPE)
             dk_head = tl.dot(d_state, tl.trans(v_tiles[i]), dk_head, input_precision=PRECISION)
         dk_head *= out_of[None, :]
         if d_decay is not None:
@@ -554,8 +484,8 @@ def _gradient_kernel(
             else:
                 gradient += tl.sum(from_state * (step + 1) + to_state * tl.maximum(tokens - 1 - step, 0), 0)
                 tl.store(d_decay + tile * stride_d_decay + chunk * H + head, gradient + whole * tokens)
-    _store_transposed(dq + part * stride_part + group * K, token, inside, G * K, dim, K, dq_tile)
-    _store_transposed(dk + part * stride_part + group * K, token, inside, G * K, dim, K, dk_tile)
+    store_transposed(dq + part * stride_part + group * K, token, inside, G * K, dim, K, dq_tile)
+    store_transposed(dk + part * stride_part + group * K, token, inside, G * K, dim, K, dk_tile)
 
 
 @triton.jit
@@ -595,9 +525,9 @@ def _step_kernel(
     k_row = tl.load(k + row * stride_k + group * stride_k_head + dim, mask=dim < K, other=0).to(tl.float32)
     v_row = tl.load(v + row * stride_v + head * stride_v_head + value, mask=value < V, other=0).to(tl.float32)
     decay = tl.exp2(tl.load(log_decay + (row * H if PER_TOKEN else 0) + head) * LOG2E)
-    state = _load_state(entering, row * H + head, dim, value, K, V, tl.float32)
+    state = load_state(entering, row * H + head, dim, value, K, V, tl.float32)
     state = state * decay + k_row[:, None] * v_row[None, :]
-    _store_state(leaving, row * H + head, dim, value, K, V, state)
+    store_state(leaving, row * H + head, dim, value, K, V, state)
     result = tl.sum(q_row[:, None] * state, 0) * scale
     tl.store(out + (row * H + head) * V + value, result.to(out.dtype.element_ty), mask=value < V)
 
@@ -611,7 +541,7 @@ class _Sizes:
         self.documents = self.batch if cu_seqlens is None else cu_seqlens.numel() - 1
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
         self.tiles = _tiles(v.dtype, self.key_dim, self.value_dim)
-        self.chunks = _pieces(self.documents, self.length, self.tiles.chunk, self.cu_seqlens)
+        self.chunks = pieces_of(self.documents, self.length, self.tiles.chunk, self.cu_seqlens)
         self.state = (self.heads, self.key_dim, self.value_dim)
         self.state_dtype = _state_dtype(v)
         self.options = {
@@ -622,17 +552,17 @@ class _Sizes:
             "PER_TOKEN": log_decay.dim() == 3,
             "C": self.tiles.chunk,
             "DTYPE": tl.bfloat16 if self.state_dtype == torch.bfloat16 else tl.float32,
-            "PRECISION": "tf32" if v.dtype == torch.float16 or _tf32_is_asked_for() else "ieee",
+            "PRECISION": "tf32" if v.dtype == torch.float16 or tf32_is_asked_for() else "ieee",
             "num_warps": self.tiles.warps,
         }
 
-    def segments(self, tiles: int) -> _Pieces:
+    def segments(self, tiles: int) -> Pieces:
         """Whole documents, or where those are too few programs, as many segments as fill the GPU."""
         rows = self.batch if self.cu_seqlens is None else 1
         wanted = max(1, PROGRAMS // max(1, rows * self.heads * tiles))
         size = max(triton.cdiv(self.length, wanted), min(self.length, MIN_SEGMENT))
         chunk = self.tiles.chunk
-        return _pieces(self.documents, self.length, triton.cdiv(size, chunk) * chunk, self.cu_seqlens)
+        return pieces_of(self.documents, self.length, triton.cdiv(size, chunk) * chunk, self.cu_seqlens)
 
     def heads_per_program(self, tiles: int) -> int:
         """As many heads of a group as leave enough programs."""
@@ -641,20 +571,8 @@ class _Sizes:
         return next(n for n in range(shared, 0, -1) if shared % n == 0 and (n == 1 or programs // n >= 2 * PROGRAMS))
 
 
-def _tf32_is_asked_for() -> bool:
-    """By torch's own switch, which is off unless somebody calls it."""
-    return torch.get_float32_matmul_precision() != "highest"
-
-
 def _state_dtype(v: Tensor) -> torch.dtype:
     return torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
-
-
-def _rows(x: Tensor) -> Tensor:
-    """`[B, T, heads, dim]` to `[N, heads, dim]`, copied only if its rows are not evenly apart or its dims not
-    adjacent."""
-    x = x.flatten(0, 1)
-    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def _walk(
@@ -667,7 +585,7 @@ def _walk(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """The states that enter all chunks, and those that leave the documents."""
-    block_k, block_v = (_tile(dim, sizes.tiles.dim) for dim in (sizes.key_dim, sizes.value_dim))
+    block_k, block_v = (tile_size(dim, sizes.tiles.dim) for dim in (sizes.key_dim, sizes.value_dim))
     tiles = triton.cdiv(sizes.key_dim, block_k) * triton.cdiv(sizes.value_dim, block_v)
     segments = sizes.segments(tiles)
 
@@ -723,9 +641,9 @@ def _mix(
     sizes: _Sizes, x: Tensor, s: Tensor, y: Tensor, log_decay: Tensor, states: Tensor, scale: float, reverse: bool
 ) -> Tensor:
     largest = sizes.tiles.mix_dim
-    block_k = _tile(sizes.key_dim, largest)
+    block_k = tile_size(sizes.key_dim, largest)
     # All of K is in shared memory at once, which leaves less for V.
-    block_v = _tile(sizes.value_dim, largest if sizes.key_dim <= largest else sizes.tiles.dim)
+    block_v = tile_size(sizes.value_dim, largest if sizes.key_dim <= largest else sizes.tiles.dim)
     tiles = triton.cdiv(sizes.value_dim, block_v)
     heads = sizes.heads_per_program(tiles)
     out = y.new_empty(sizes.batch, sizes.length, sizes.heads, sizes.value_dim)
@@ -769,7 +687,7 @@ def _forward(
     if q.shape[1] == 1 and cu_seqlens is None and not keep_states:
         return *_step(q, k, v, log_decay, initial_state, scale), log_decay.new_empty(0)
     sizes = _Sizes(q, v, log_decay, cu_seqlens)
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = rows_of(q), rows_of(k), rows_of(v)
     states, state = _walk(sizes, k, v, log_decay, initial_state, 1.0, reverse=False)
     out = _mix(sizes, q, k, v, log_decay, states, scale, reverse=False)
     return out, state, states if keep_states else log_decay.new_empty(0)
@@ -781,7 +699,7 @@ def _step(
     batch, _, heads, value_dim = v.shape
     groups, key_dim = q.shape[2:]
     out, state = v.new_empty(v.shape), torch.empty_like(initial_state)
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = rows_of(q), rows_of(k), rows_of(v)
     block_k = triton.next_power_of_2(key_dim)
     block_v = min(triton.next_power_of_2(value_dim), max(16, 4096 // block_k))
     _step_kernel[(batch * heads * triton.cdiv(value_dim, block_v),)](
@@ -825,11 +743,11 @@ def _backward(
     d_out = torch.zeros_like(v) if d_out is None else d_out
     d_state = None if d_state is None else d_state.contiguous()
     log_decay = log_decay.contiguous()
-    q, k, v, d_out = _rows(q), _rows(k), _rows(v), _rows(d_out)
+    q, k, v, d_out = rows_of(q), rows_of(k), rows_of(v), rows_of(d_out)
     d_states, d_initial = _walk(sizes, q, d_out, log_decay, d_state, scale, reverse=True)
     dv = _mix(sizes, k, q, d_out, log_decay, d_states, scale, reverse=True)
 
-    block_k, block_v = (_tile(dim, sizes.tiles.dim) for dim in (sizes.key_dim, sizes.value_dim))
+    block_k, block_v = (tile_size(dim, sizes.tiles.dim) for dim in (sizes.key_dim, sizes.value_dim))
     tiles = triton.cdiv(sizes.key_dim, block_k)
     heads = sizes.heads_per_program(tiles)
     parts = sizes.heads // sizes.groups // heads
@@ -891,7 +809,7 @@ def _(
     if cu_seqlens is None:
         chunks = q.shape[0] * ((q.shape[1] + chunk - 1) // chunk)
     else:
-        chunks = _bound(cu_seqlens.numel() - 1, q.shape[1], chunk)
+        chunks = bound(cu_seqlens.numel() - 1, q.shape[1], chunk)
     if keep_states:
         states = log_decay.new_empty(chunks, *initial_state.shape[1:], dtype=_state_dtype(v))
     else:
