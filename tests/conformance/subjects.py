@@ -121,6 +121,15 @@ HIERARCHICAL_RECENT = {
     **HIERARCHICAL, "num_kv_heads": 1, "compress": "mean", "first_blocks": 0, "local_blocks": 1, "top_n": 2,
     "select_window": 24,
 }  # fmt: skip
+COMPRESSIVE = {
+    "kind": "compressive", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "rope": PARTIAL_ROPE, "window": 4,
+    "slots": 2,
+}  # fmt: skip
+COMPRESSIVE_NO_ROPE = {"kind": "compressive", "num_heads": 2, "rope": None, "window": 2, "slots": 3}
+LINFORMER = {
+    "kind": "linformer", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "rope": PARTIAL_ROPE, "block": 5, "slots": 2
+}  # fmt: skip
+LINFORMER_NO_ROPE = {"kind": "linformer", "num_heads": 2, "rope": None, "block": 8, "slots": 3}
 MOBA = {
     "kind": "hierarchical", "num_heads": 4, "window": None, "compress": None, "select_block": 4, "top_n": 3,
     "first_blocks": 0, "local_blocks": 1,
@@ -209,6 +218,10 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "hierarchical-stride": _alone(HIERARCHICAL_STRIDE, MLP),
     "hierarchical-recent": _alone(HIERARCHICAL_RECENT, MLP),
     "hierarchical-moba": _alone(MOBA, MLP),
+    "compressive": _alone(COMPRESSIVE, MLP),
+    "compressive-no-rope": _alone(COMPRESSIVE_NO_ROPE, MLP),
+    "linformer": _alone(LINFORMER, MLP),
+    "linformer-no-rope": _alone(LINFORMER_NO_ROPE, MLP),
     "minimax": _stack(
         "lightning*2 softmax",
         {"lightning": {"mixer": LIGHTNING}, "softmax": {"mixer": GQA}},

@@ -2,6 +2,7 @@
 
 from zoo.blocks.attention import Attention, AttentionConfig
 from zoo.blocks.base import FeedForward, FeedForwardConfig, Mixer, MixerConfig, RouterStatistics
+from zoo.blocks.compressive import Compressive, CompressiveConfig
 from zoo.blocks.context import SequenceContext
 from zoo.blocks.fla import Fla, FlaConfig
 from zoo.blocks.gated_delta import GatedDelta, GatedDeltaConfig
@@ -11,6 +12,7 @@ from zoo.blocks.kda import KDA, KDAConfig
 from zoo.blocks.landmark import Landmark, LandmarkConfig
 from zoo.blocks.lightning import Lightning, LightningConfig
 from zoo.blocks.linear_mixer import LinearConfig, LinearMixer
+from zoo.blocks.linformer import Linformer, LinformerConfig
 from zoo.blocks.mamba import Mamba, MambaConfig
 from zoo.blocks.mamba2 import Mamba2, Mamba2Config
 from zoo.blocks.mla import MLA, MLAConfig
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 register("attention", AttentionConfig, Attention)
+register("compressive", CompressiveConfig, Compressive)
 register("fla", FlaConfig, Fla)
 register("gated_delta", GatedDeltaConfig, GatedDelta)
 register("hierarchical", HierarchicalConfig, Hierarchical)
@@ -49,6 +52,7 @@ register("kda", KDAConfig, KDA)
 register("landmark", LandmarkConfig, Landmark)
 register("lightning", LightningConfig, Lightning)
 register("linear", LinearConfig, LinearMixer)
+register("linformer", LinformerConfig, Linformer)
 register("mamba", MambaConfig, Mamba)
 register("mamba2", Mamba2Config, Mamba2)
 register("mla", MLAConfig, MLA)

@@ -103,8 +103,8 @@ def infini_attention(
         documents = torch.nn.functional.pad(key_mask.sum(1).cumsum(0), (1, 0)).int()
         behind = (0, 0, 0, 0, key_length - length, 0)
         q, q_mem = (torch.nn.functional.pad(x, behind) for x in (q, q_mem))
-        packed = (x.flatten(0, 1).index_select(0, real)[None] for x in (q, k, v, q_mem, k_mem))
-        rows, memory, normaliser = _unmasked(*packed, gate, memory, normaliser, segment, delta, documents)
+        q, k, v, q_mem, k_mem = (x.flatten(0, 1).index_select(0, real)[None] for x in (q, k, v, q_mem, k_mem))
+        rows, memory, normaliser = _unmasked(q, k, v, q_mem, k_mem, gate, memory, normaliser, segment, delta, documents)
         out = rows.new_zeros(key_mask.numel(), *rows.shape[2:]).index_copy(0, real, rows[0])
         return out.unflatten(0, key_mask.shape)[:, key_length - length :], memory, normaliser
     return _unmasked(q, k, v, q_mem, k_mem, gate, memory, normaliser, segment, delta, cu_seqlens)
