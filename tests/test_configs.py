@@ -17,12 +17,14 @@ TRAIN = sorted(Path("configs/train").glob("*.yaml"))
 STYLES = {"transformer", "minimax", "jamba", "mamba2"}
 KINDS = {
     "bigbird",
+    "compressive",
     "hierarchical",
     "infini",
     "landmark",
     "linear",
-    "moba",
+    "linformer",
     "longformer",
+    "moba",
     "performer",
     "retention",
     "three-tier",

@@ -16,6 +16,8 @@ MIXERS = {
         "kind": "hierarchical", "num_heads": 2, "window": 4, "compress_block": 4, "compress_stride": 2,
         "select_block": 4, "top_n": 3,
     },
+    "compressive": {"kind": "compressive", "num_heads": 2, "window": 2, "slots": 1},
+    "linformer": {"kind": "linformer", "num_heads": 2, "block": 4, "slots": 2},
     "lightning": {"kind": "lightning", "num_heads": 2},
     "mla": {
         "kind": "mla", "num_heads": 2, "q_lora_rank": 6, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "v_head_dim": 4,
@@ -91,6 +93,8 @@ def test_rates_stay_float32_when_the_rest_is_cast(role, name, cast):
         "infini": {"gate", "rotary.inv_freq"},
         "landmark": {"rotary.inv_freq"},
         "hierarchical": {"rotary.inv_freq"},
+        "compressive": {"rotary.inv_freq"},
+        "linformer": {"rotary.inv_freq"},
         "lightning": {"log_decay"},
         "mla": {"rotary.inv_freq"},
         "mamba": {"A_log", "D", "dt_bias"},

@@ -27,6 +27,8 @@ MIXERS = {
     },
     "infini": {"kind": "infini", "num_heads": 2, "segment": 4},
     "linear": {"kind": "linear", "num_heads": 2},
+    "compressive": {"kind": "compressive", "num_heads": 2, "window": 2, "slots": 1},
+    "linformer": {"kind": "linformer", "num_heads": 2, "block": 4, "slots": 2},
     "retention": {"kind": "retention", "num_heads": 2},
     "attention": ATTENTION,
     "attention_without_gate": {"kind": "attention", "num_heads": 2, "head_dim": 6},

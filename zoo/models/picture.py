@@ -12,6 +12,7 @@ INK, SOFT = "#1c2430", "#64748b"
 # The zoo's own kinds keep their colour from picture to picture; others take what is left, in order of appearance.
 COLOURS = {
     "attention": "#e07a2c",
+    "compressive": "#e5989b",
     "fla": "#5c677d",
     "gated_delta": "#d4526e",
     "infini": "#c98bdb",
@@ -20,6 +21,7 @@ COLOURS = {
     "landmark": "#c9a227",
     "lightning": "#2f6fde",
     "linear": "#5aa9e6",
+    "linformer": "#118ab2",
     "mamba": "#2a9d78",
     "mamba2": "#7b4bd0",
     "mla": "#a65a1f",
