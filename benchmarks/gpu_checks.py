@@ -33,7 +33,11 @@ from benchmarks.ops import BOTH, DECODE, FORWARD, measure, on_backend
 from benchmarks.rows import Options
 
 STATEFUL = ("linear_attention", "selective_scan", "causal_conv1d")
+WITH_LSE = ("softmax_attention", "interval_attention")
+WHOLE = WITH_LSE  # a token sees all before it, and no state carries them
+PACKED = (*STATEFUL, "softmax_attention")
 LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}  # float32 multiplied in TF32 would be off by 3e-4
+MIN_KEYS = 1100  # that one token attends to
 SEGMENT = {"cuda": 1 << 16, "quick": 20}
 WARM = {"cuda": 640, "quick": 4}  # tokens of the calls that only compile
 
@@ -76,6 +80,7 @@ LONG = (
     (Case("selective_scan", None, 1, 512), True, 40),
     (Case("causal_conv1d", None, 1, 2056), True, 40),
     (Case("gated_rms_norm", "gate first", 1, 2056), True, 50),
+    (Case("softmax_attention", "sinks", 2, 128), True, 40),
 )
 
 
@@ -88,10 +93,9 @@ def jobs(options: Options) -> dict[str, Job]:
         mode = Mode(*LENGTH[size], gradients)
         found[named(case, mode)] = Job(partial(in_turn, [partial(check, case, mode, options)]), gigabytes)
     for case in cases(size):
-        if case.op != "softmax_attention":
-            modes = [mode for mode in MODES[size] if case.op in STATEFUL or not mode.packed]
-            calls = [partial(check, case, mode, options) for mode in modes]
-            found[named(case)] = Job(partial(in_turn, [*calls, partial(warm, case, options)]))
+        modes = [mode for mode in MODES[size] if case.op in PACKED or not mode.packed]
+        calls = [partial(check, case, mode, options) for mode in modes]
+        found[named(case)] = Job(partial(in_turn, [*calls, partial(warm, case, options)]))
     return found
 
 
@@ -131,7 +135,7 @@ def check(case: Case, mode: Mode, options: Options) -> Result:
 def make_inputs(case: Case, mode: Mode, options: Options) -> tuple[Tensors, dict[str, Any]]:
     """Those of the benchmarks, from a state, with slower decays, and in documents where the mode wants them."""
     torch.manual_seed(0)
-    shape = Shape(mode.batch, mode.length, decode=case.op in STATEFUL)
+    shape = Shape(mode.batch, mode.length, decode=case.op in STATEFUL, keys=MIN_KEYS if mode.length == 1 else 0)
     inputs = random_inputs(case, shape, mode.dtype, options)
     tensors, fixed = dict(inputs.tensors), dict(inputs.fixed)
     if "log_decay" in tensors:  # memories from a few tokens to the whole of a long sequence
@@ -140,13 +144,18 @@ def make_inputs(case: Case, mode: Mode, options: Options) -> tuple[Tensors, dict
         third = mode.length // 3
         bounds = [0, 0, 1, third, third, 2 * third + 1, mode.length]
         fixed["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=options.device)
-        rows = len(bounds) - 1
-        tensors["initial_state"] = torch.randn(rows, *tensors["initial_state"].shape[1:], device=options.device)
+        if "initial_state" in tensors:
+            states = tensors["initial_state"]
+            tensors["initial_state"] = torch.randn(len(bounds) - 1, *states.shape[1:], device=options.device)
+    if case.op in WITH_LSE:
+        fixed["return_lse"] = True
     return tensors, fixed
 
 
 def call(backend: str, op: str, fixed: dict[str, Any], tensors: Tensors) -> Tensors:
     outputs = on_backend(backend, op, fixed, **tensors)
+    if op in WITH_LSE:  # an empty row's lse is -inf
+        return {"out": outputs[0], "exp lse": outputs[1].exp()}
     return dict(zip(("out", "state"), outputs, strict=True)) if isinstance(outputs, tuple) else {"out": outputs}
 
 
@@ -169,8 +178,9 @@ def compare(
 ) -> dict[str, float]:
     """The errors of what `run` found."""
     inputs = {key: t for key, t in tensors.items() if key != "initial_state"}
-    segment = mode.length if mode.packed else segment
     parts = [slice(start, start + segment) for start in range(0, mode.length, segment)]
+    if mode.packed or op in WHOLE:
+        parts = [slice(None)]
     errors: dict[str, list[float]] = {}
     sums: Tensors = {}
 
@@ -190,11 +200,14 @@ def compare(
         leaves = {key: t.requires_grad_(mode.gradients) for key, t in part(now, state).items()}
         outputs = call("torch", op, fixed, leaves)
         note("out", found["out"][:, now], outputs["out"])
+        if op in WITH_LSE:
+            note("exp lse", found["exp lse"], outputs["exp lse"])
         if state is not None and now is parts[-1]:
             note("state", found["state"], outputs["state"])
         if not mode.gradients:
             continue
         given = [found["d out"][:, now].double(), *([] if carried is None else [carried])]
+        given += [found["d exp lse"].double()] if op in WITH_LSE else []
         gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), given)
         for key, gradient in zip(leaves, gradients, strict=True):
             if key == "initial_state":

@@ -17,17 +17,20 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from benchmarks.rows import DTYPES, Options, Work
+from zoo.ops.softmax_attention import Pattern
 
 STATE_SIZE, TAPS, EPS = 16, 4, 1e-6
 CACHED = {"cpu": 4096, "cuda": 32768, "quick": 32}  # keys that one token attends to
 HEADS = {"cpu": ((4, 64), (8, 128)), "cuda": ((32, 64), (16, 128), (8, 256)), "quick": ((2, 16),)}
 CHANNELS = {"cpu": (512, 1536), "cuda": (2048, 4096), "quick": (32,)}
+WINDOW, SINKS, SOFTCAP, BLOCK = 512, 4, 30.0, 16
 VARIANTS = {
     "linear_attention": ("per head", "per token"),  # Lightning's decay, one group per head; Mamba-2's, one group
     "selective_scan": (None,),
     "causal_conv1d": (None,),
     "gated_rms_norm": ("gate first", "norm first"),  # Mamba-2's with SiLU, Lightning's with a sigmoid
-    "softmax_attention": (None,),
+    "softmax_attention": (None, "window", "sinks", "strided+random", "softcap"),  # as the op tells its kinds apart
+    "interval_attention": (None,),  # to blocks that end before the query, the compressed tier of NSA
 }
 
 
@@ -145,8 +148,29 @@ def _softmax_attention(case: Case, shape: Shape, random: Random, wide: Random) -
     keys = shape.keys or length
     tensors = {"q": random(batch, length, heads, width)}
     tensors |= {name: random(batch, keys, max(1, heads // 2), width) for name in ("k", "v")}
-    pairs = length * keys - length * (length - 1) // 2  # of a query and a key that it may see
-    return tensors, {}, 4 * batch * pairs * heads * width
+    window, pattern = min(WINDOW, max(1, keys // 4)), Pattern()
+    fixed: dict[str, Any] = {}
+    if case.variant in ("window", "sinks", "strided+random"):
+        pattern = Pattern(window, num_sinks=SINKS if case.variant == "sinks" else 0)
+        if case.variant == "strided+random":
+            block = max(1, window // 8)
+            pattern = Pattern(window, stride=block, random_blocks=3, block_size=block)
+        fixed["pattern"] = pattern
+    if case.variant == "softcap":
+        fixed["softcap"] = SOFTCAP
+    pairs = pattern.visible_pairs(keys) - pattern.visible_pairs(keys - length)  # of a query and a key that it sees
+    return tensors, fixed, 4 * batch * pairs * heads * width
+
+
+def _interval_attention(case: Case, shape: Shape, random: Random, wide: Random) -> Made:
+    keys = shape.keys or shape.length
+    block = min(BLOCK, max(1, keys // 4))
+    blocks = Shape(shape.batch, shape.length, keys=max(1, keys // block))
+    tensors, _, _ = _softmax_attention(case._replace(variant=None), blocks, random, wide)
+    stop = torch.arange(keys - shape.length + 1, keys + 1, device=tensors["q"].device) // block
+    fixed = {"first": torch.zeros_like(stop), "stop": stop}
+    fixed = {name: bound.expand(shape.batch, -1) for name, bound in fixed.items()}
+    return tensors, fixed, 4 * shape.batch * int(stop.sum()) * case.heads * case.width
 
 
 _makers: dict[str, Callable[[Case, Shape, Random, Random], Made]] = {
@@ -155,4 +179,5 @@ _makers: dict[str, Callable[[Case, Shape, Random, Random], Made]] = {
     "causal_conv1d": _causal_conv1d,
     "gated_rms_norm": _gated_rms_norm,
     "softmax_attention": _softmax_attention,
+    "interval_attention": _interval_attention,
 }

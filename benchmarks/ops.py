@@ -43,7 +43,7 @@ def plan(options: Options) -> list[Task]:
 
 def measure(case: Case, shape: Shape, pass_: str, dtype: str, options: Options) -> Row:
     """One row: our backends and the peers on the same values."""
-    if shape.decode and case.op == "softmax_attention":
+    if shape.decode and case.op in ("softmax_attention", "interval_attention"):
         shape = shape._replace(keys=CACHED[options.size])
     inputs = make_inputs(case, shape, dtype, options)
     constant = CONSTANT.get(case.variant or "", ())

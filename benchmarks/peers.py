@@ -54,7 +54,10 @@ def _peer(op: str, name: str) -> Callable[[Builder], Builder]:
 
 
 @_peer("softmax_attention", "sdpa")
-def _(tensors: dict[str, Tensor], variant: str | None, decode: bool) -> Call:
+def _(tensors: dict[str, Tensor], variant: str | None, decode: bool) -> Call | None:
+    if variant is not None:  # which FlexAttention serves, our library backend
+        return None
+
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=not decode, enable_gqa=True).transpose(1, 2)
 

@@ -202,6 +202,19 @@ def test_refusals(shape: tuple[int, ...], dtype: torch.dtype, message: str) -> N
         interval_attention(x, x, x, bounds, bounds)
 
 
+@pytest.mark.parametrize(("asked", "precision"), [("highest", "ieee"), ("high", "tf32")])
+def test_float32_is_multiplied_in_tf32_only_when_asked(asked: str, precision: str) -> None:
+    """By torch's own switch; `highest` is its default."""
+    *tensors, first, stop = make(1, 8, 8)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(asked)
+        assert kernels._Call(*tensors, first[None], stop[None], None).options["PRECISION"] == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert before == "highest"
+
+
 def launch() -> None:
     """The kernels of NSA's compressed tier, of the common head dims, with a soft cap, and in float32; and none of their
     products takes a computed tile on the left, see kernels.py."""
