@@ -34,8 +34,9 @@ def plan(options: Options) -> list[Task]:
     ]
 
 
-def measure(stack: str, dtype: str, options: Options) -> Row:
-    lengths = LENGTHS[options.size]
+def measure(stack: str, dtype: str, options: Options, lengths: tuple[int, ...] = ()) -> Row:
+    """At `lengths`; by default those of LENGTHS."""
+    lengths = lengths or LENGTHS[options.size]
     model = zoo.build(models.stacks(width(options))[stack]).to(options.device).train()
     candidates = {}
     for length in lengths:

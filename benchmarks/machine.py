@@ -1,6 +1,7 @@
 """What a figure depends on, and the file it lies in: results/<machine>.json, one section for each verb.
 
-{"machine": ..., "peaks": ..., "ops": [row], "train": [row], "decode": [row], "length": [row]}
+{"machine": ..., "peaks": ..., "ops": [row], "train": [row], "decode": [row], "length": [row],
+ "context": [row]}
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = ("ops", "train", "decode", "length")
+SECTIONS = ("ops", "train", "decode", "length", "context")
 # What a row is about: a new measurement of the same replaces the old one.
 IDENTITY = ("what", "pass", "dtype", "shape")
 PACKAGES = ("torch", "transformers", "triton", "fla-core", "mamba-ssm", "causal-conv1d")

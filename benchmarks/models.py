@@ -128,6 +128,25 @@ def stacks(hidden: int = 256) -> dict[str, dict[str, Any]]:
         "lightning": _ours(hidden, blocks={"b": lightning}, pattern="b*4", residual={"kind": "normalized"}),
         "mamba2": _ours(hidden, blocks={"b": mamba2}, pattern="b*4"),
         "mamba": _ours(hidden, blocks={"b": {"mixer": {"kind": "mamba"}}}, pattern="b*4"),
+        **attending(hidden),
+    }
+
+
+def attending(hidden: int = 256) -> dict[str, dict[str, Any]]:
+    """Two layers of one way to attend to a long text: all of it, or less. `landmark` reads 16 blocks per head."""
+    heads = {"num_heads": 4, "num_kv_heads": 2}
+    landmark = {"kind": "landmark", **heads, "block_size": 63}
+    mixers = {
+        "attention": {"kind": "attention", **heads},
+        "window": {"kind": "attention", **heads, "window": 512, "num_sinks": 4},
+        "infini": {"kind": "infini", **heads, "segment": 512},
+        "hierarchical": {"kind": "hierarchical", **heads},
+        "landmark": landmark | {"top_k": 16, "train_top_k": 16},
+        "landmark, all blocks": landmark,
+    }
+    ffn = {"kind": "mlp", "intermediate_size": 3 * hidden}
+    return {
+        name: _ours(hidden, blocks={"b": {"mixer": mixer, "ffn": ffn}}, pattern="b*2") for name, mixer in mixers.items()
     }
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, pictures
+from benchmarks.context import NEXT
 from benchmarks.rows import DTYPES, PEERS, Row
-from benchmarks.train import AS_IT_COMES
+from benchmarks.train import AS_IT_COMES, PASS
 
 DOCS = Path(__file__).parents[1] / "docs"
 FILE = "performance.md"
@@ -41,6 +42,17 @@ LENGTH = """
 What a training step costs per token at {length:,} tokens against {short:,}, for stacks of one recurrent mixer. Memory
 is that of a fresh process with glibc's own settings.
 """
+CONTEXT = """
+### Long contexts
+
+Stacks of two layers of one way to attend. Full attention, and landmarks whose queries read every block, are quadratic:
+they are there to compare with.
+"""
+# Of each pass: what stands above its table, the field of its memory, and that field's unit.
+CONTEXT_TABLES = {
+    PASS: ("\nA training step, measured as under Length.\n", "bytes_per_token", "kB per token"),
+    NEXT: ("\nThe next token after a context, and the cache.\n", "cache_bytes", "cache in kB"),
+}
 OPS = """
 ### Ops
 
@@ -82,6 +94,7 @@ def section(results: dict[str, Any]) -> str:
         "train": train,
         "decode": decode,
         "length": length,
+        "context": context,
         "ops": ops,
     }
     parts += [writer(results[verb]) for verb, writer in writers.items() if results[verb]]
@@ -137,17 +150,30 @@ def decode(rows: list[Row]) -> str:
 
 
 def length(rows: list[Row]) -> str:
+    return LENGTH.format(**rows[0]["shape"]) + two_lengths(rows, "bytes_per_token", "kB per token")
+
+
+def context(rows: list[Row]) -> str:
+    parts = [CONTEXT]
+    for pass_, (text, field, unit) in CONTEXT_TABLES.items():
+        mine = [row for row in rows if row["pass"] == pass_]
+        if mine:
+            parts.append(text + two_lengths(mine, field, unit))
+    return "".join(parts)
+
+
+def two_lengths(rows: list[Row], memory: str, unit: str) -> str:
+    """A table of time and memory at a short and a long length, the field `memory` in thousands."""
     lines = []
     for row in rows:
         short, long = (row["candidates"][f"{row['shape'][name]} tokens"] for name in ("short", "length"))
         microseconds = [f"{each['us_per_token']:.3g}" for each in (short, long)]
-        kilobytes = [f"{each['bytes_per_token'] / 1e3:.1f}" for each in (short, long)]
+        kilobytes = [f"{each[memory] / 1e3:,.1f}" for each in (short, long)]
         ratios = [f"{row[name]:.2f}" for name in ("time_ratio", "memory_ratio")]
         lines.append((row["what"], row["dtype"], *microseconds, ratios[0], *kilobytes, ratios[1]))
-    shape = rows[0]["shape"]
-    at = [f"{shape[name]:,}" for name in ("short", "length")]
+    at = [f"{rows[0]['shape'][name]:,}" for name in ("short", "length")]
     head = ("stack", "dtype", f"µs per token at {at[0]}", f"at {at[1]}", "ratio")
-    return LENGTH.format(**shape) + table((*head, f"kB per token at {at[0]}", f"at {at[1]}", "ratio"), lines)
+    return table((*head, f"{unit} at {at[0]}", f"at {at[1]}", "ratio"), lines)
 
 
 def ops(rows: list[Row]) -> str:

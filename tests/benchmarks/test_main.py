@@ -13,6 +13,7 @@ CALLS = {
     "train": ["--only", "mamba2"],
     "decode": ["--only", "minimax"],
     "length": ["--only", "lightning"],
+    "context": ["--only", "landmark"],
 }
 
 

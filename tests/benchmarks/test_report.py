@@ -62,6 +62,23 @@ def results():
                 memory_ratio=1.02,
             )
         ],
+        "context": [
+            row(
+                "window",
+                pass_,
+                {"batch": 1, "short": 4096, "length": long},
+                {
+                    "4096 tokens": candidate(1, us_per_token=10.0, **{memory: 5000}),
+                    f"{long} tokens": candidate(1, us_per_token=11.5, **{memory: 5100}),
+                },
+                time_ratio=1.15,
+                memory_ratio=1.02,
+            )
+            for pass_, long, memory in (
+                ("training step", 32768, "bytes_per_token"),
+                ("next token", 131072, "cache_bytes"),
+            )
+        ],
     }
 
 
@@ -72,6 +89,8 @@ def test_the_page_has_every_figure(results):
     assert "| jamba | 11.4M | 2 x 512 | float32 | 2,000 | 13.3 (one step) | 150x | 33% |" in page
     assert "| llama | loop | 128 + 64 | float32 | 5,000 | 5,710 | 0.876x |" in page
     assert "| mamba | float32 | 10 | 11.5 | 1.15 | 5.0 | 5.1 | 1.02 |" in page
+    assert "| at 32,768 | ratio | kB per token at 4,096 |" in page and "| at 131,072 | ratio | cache in kB" in page
+    assert page.count("| window | float32 | 10 | 11.5 | 1.15 | 5.0 | 5.1 | 1.02 |") == 2
     assert "| per head | 4 x 64 | 2 x 512 | forward+backward | float32 | 5 torch | 50 (10x) | 40% |" in page
 
 
