@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Installed again whenever what is to be installed changes.
 READY := $(VENV)/.ready
 
-.PHONY: train test lint conformance parity benchmarks long-context clean
+.PHONY: train test lint conformance parity benchmarks long-context stream clean
 
 train: $(READY)
 	$(BIN)/python train.py fit --config $(CONFIG)
@@ -29,11 +29,16 @@ parity: $(READY)
 
 # Every figure of docs/performance.md on this CPU, and the page. Nothing else should run meanwhile.
 benchmarks: $(READY)
-	for verb in ops "train --compile" decode length "context --dtype float32" report; do $(BIN)/python -m benchmarks $$verb || exit 1; done
+	for verb in ops "train --compile" decode length "context --dtype float32" stream report; \
+	do $(BIN)/python -m benchmarks $$verb || exit 1; done
 
 # What a long context costs each way to attend: that part of docs/performance.md alone.
 long-context: $(READY)
 	for verb in "context --dtype float32" report; do $(BIN)/python -m benchmarks $$verb || exit 1; done
+
+# 100,000 tokens one by one: memory stays, logits are finite.
+stream: $(READY)
+	for verb in stream report; do $(BIN)/python -m benchmarks $$verb || exit 1; done
 
 # torch first and alone: with no torch installed, another package's range would pull the CUDA build.
 $(READY): pyproject.toml constraints.txt

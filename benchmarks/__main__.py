@@ -1,6 +1,6 @@
 """`python -m benchmarks VERB`: measures, or writes what follows from the measurements.
 
-ops, train, decode, length, context    measure, and write rows into benchmarks/results/<machine>.json
+ops, train, decode, length, context, stream    measure, and write rows into benchmarks/results/<machine>.json
 report                        docs/performance.md and its pictures
 table                         zoo/ops/measured.json
 """
@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import context, decode, length, machine, ops, report, table, train
+from benchmarks import context, decode, length, machine, ops, report, stream, table, train
 from benchmarks.machine import rounded
 from benchmarks.rows import DTYPES, PEERS, Options, Row, summary
 from benchmarks.timing import copy_peak, matmul_peak
 from zoo.ops import measured
 from zoo.train.memory import keep_freed_memory
 
-VERBS = {"ops": ops, "train": train, "decode": decode, "length": length, "context": context}
+VERBS = {"ops": ops, "train": train, "decode": decode, "length": length, "context": context, "stream": stream}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

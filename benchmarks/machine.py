@@ -1,7 +1,7 @@
 """What a figure depends on, and the file it lies in: results/<machine>.json, one section for each verb.
 
 {"machine": ..., "peaks": ..., "ops": [row], "train": [row], "decode": [row], "length": [row],
- "context": [row]}
+ "context": [row], "stream": [row]}
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = ("ops", "train", "decode", "length", "context")
+SECTIONS = ("ops", "train", "decode", "length", "context", "stream")
 # What a row is about: a new measurement of the same replaces the old one.
 IDENTITY = ("what", "pass", "dtype", "shape")
 PACKAGES = ("torch", "transformers", "triton", "fla-core", "mamba-ssm", "causal-conv1d")

@@ -53,6 +53,14 @@ CONTEXT_TABLES = {
     PASS: ("\nA training step, measured as under Length.\n", "bytes_per_token", "kB per token"),
     NEXT: ("\nThe next token after a context, and the cache.\n", "cache_bytes", "cache in kB"),
 }
+STREAM = """
+### Streaming
+
+A layer each of {mixers}, hidden size 16, in the loop of
+`zoo generate --stream-context`: {length:,} tokens one by one behind a prompt of {trained}. All logits were finite, and
+after every tenth the tensors took {kilobytes:,.1f} kB. The process held {first:.1f} MB after the first tenth and
+{last:.1f} MB after the last; a step took {early:.2f} ms in the first and {late:.2f} ms in the last.
+"""
 OPS = """
 ### Ops
 
@@ -95,6 +103,7 @@ def section(results: dict[str, Any]) -> str:
         "decode": decode,
         "length": length,
         "context": context,
+        "stream": stream,
         "ops": ops,
     }
     parts += [writer(results[verb]) for verb, writer in writers.items() if results[verb]]
@@ -160,6 +169,16 @@ def context(rows: list[Row]) -> str:
         if mine:
             parts.append(text + two_lengths(mine, field, unit))
     return "".join(parts)
+
+
+def stream(rows: list[Row]) -> str:
+    (row,) = rows
+    first, last = (each / 1e6 for each in row["resident_bytes"])
+    early, late = (candidate["ms"] for candidate in row["candidates"].values())
+    mixers, kilobytes = ", ".join(row["mixers"]), row["tensor_bytes"] / 1e3
+    return STREAM.format(
+        **row["shape"], mixers=mixers, kilobytes=kilobytes, first=first, last=last, early=early, late=late
+    )
 
 
 def two_lengths(rows: list[Row], memory: str, unit: str) -> str:

@@ -14,6 +14,7 @@ CALLS = {
     "decode": ["--only", "minimax"],
     "length": ["--only", "lightning"],
     "context": ["--only", "landmark"],
+    "stream": ["--only", "stream"],
 }
 
 

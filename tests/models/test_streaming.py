@@ -53,7 +53,8 @@ def _storage(x: object) -> tuple[int, int]:
     return 0, 0
 
 
-def test_a_hundred_thousand_tokens_and_on() -> None:
+def test_on_from_a_hundred_thousand_tokens() -> None:
+    """The prompt is read in chunks; token by token it is tests/benchmarks/test_stream.py, and in full `make stream`."""
     model = build()
     prompt = torch.randint(61, (1, 100_000))
     tokens = stream(model, prompt, greedy)
