@@ -12,6 +12,8 @@ from zoo.ops.landmark_attention import chunked as chunked
 from zoo.ops.landmark_attention import reference as reference
 from zoo.ops.varlen import check_cu_seqlens
 
+dispatch.lazily("landmark_attention", "triton", "zoo.ops.landmark_attention.kernels", requires="triton")
+
 
 def landmark_attention(
     q: Tensor,

@@ -175,7 +175,8 @@ class _Blocks:
 
     start, count  `[blocks]`, its first key, and how many ordinary ones
     landmark      `[blocks]`, -1 where there is none that stands for a key
-    own           `[N]`, the query's block
+    own           `[N]`, the query's block, ascending
+    first_block   `[N]`, the first one of its sequence
     place         `[N]`, its own key
     """
 
@@ -201,8 +202,8 @@ class _Blocks:
         self.landmark = torch.where(ends[last] & (self.count > 0), last, -1)
         # Those that can be chosen, and the range of them that a query sees.
         self.candidates = (self.landmark >= 0).nonzero()[:, 0]
-        first = torch.searchsorted(sequence[self.start], sequence[self.start])[self.own]
-        self.first, self.stop = (torch.searchsorted(self.candidates, x) for x in (first, self.own))
+        self.first_block = torch.searchsorted(sequence[self.start], sequence[self.start])[self.own]
+        self.first, self.stop = (torch.searchsorted(self.candidates, x) for x in (self.first_block, self.own))
 
     @staticmethod
     def of(x: Tensor, index: Tensor | None) -> Tensor:
