@@ -1,6 +1,10 @@
 """Landmark attention: the block beside its formula, and retrieval beside the rule as it is written."""
 
 import copy
+import errno
+import gc
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ import zoo
 from tests.blocks.helpers import assert_close, build_part, model_config, perturb, random_input
 from zoo import ops
 from zoo.blocks import SequenceContext, landmark
+from zoo.blocks.storage import StorageError
 from zoo.schema import FieldError
 
 HIDDEN = 24
@@ -219,6 +224,149 @@ def test_bfloat16_retrieval_is_near_float32():
         out, reference = cached(low, x, [100] + [1] * 50), cached(high, x.float(), [100] + [1] * 50)
     assert out.dtype == torch.bfloat16
     assert_close(out.float(), reference, tolerance=0.02)
+
+
+PLACES = pytest.mark.parametrize("place", ["cpu", "files"])
+
+
+def in_place(mixer, place, tmp_path, rows=2):
+    state = mixer.new_state(rows, torch.device("cpu"), torch.float64)
+    assert state.keep_in("cpu" if place == "cpu" else tmp_path)
+    return state
+
+
+def steps(mixer, x, state, sizes, mask=None):
+    seen, outs = state["mask"].sum(1), []
+    masks = [None] * len(sizes) if mask is None else mask.split(sizes, 1)
+    for part, m in zip(x.split(sizes, 1), masks, strict=True):
+        outs.append(mixer(part, SequenceContext.of(part, padding_mask=m, seen=seen), state))
+        seen = state["mask"].sum(1)
+    return torch.cat(outs, 1)
+
+
+def mapped_files():
+    """Bytes of each of our files that is mapped, by its place in memory."""
+    found = {}
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "zoo-cache-" in line:
+            start, stop = (int(number, 16) for number in line.split()[0].split("-"))
+            found[start] = stop - start
+    return found
+
+
+@PLACES
+@pytest.mark.parametrize("kind", [None, "left", "right", "between"])
+@torch.no_grad()
+def test_a_cache_kept_elsewhere_gives_the_same_bits(kind, place, tmp_path):
+    mixer, x = build(top_k=2), random_input(3, 53, HIDDEN, dtype=torch.float64)
+    mask = None
+    if kind is not None:
+        index, real = torch.arange(53), torch.tensor([[53], [30], [12]])
+        drawn = torch.rand(3, 53, generator=torch.Generator().manual_seed(0)) > 0.4
+        mask = {"left": index >= 53 - real, "right": index < real, "between": drawn}[kind]
+    sizes = [20, 7, 1, 1, 13, *[1] * 11]
+    plain = mixer.new_state(3, x.device, x.dtype)
+    expected = steps(mixer, x, plain, sizes, mask)
+    state = in_place(mixer, place, tmp_path, 3)
+    assert torch.equal(steps(mixer, x, state, sizes, mask), expected)
+    for name in plain.tensors:
+        assert torch.equal(state[name], plain[name])
+
+
+@PLACES
+@torch.no_grad()
+def test_what_stays_on_the_device_is_the_landmarks(place, tmp_path):
+    """And the mask, a byte a token. All else is in the files, which have no name, and go with the state."""
+    before = mapped_files()
+    mixer, x = build(top_k=2), random_input(2, 1000, HIDDEN, dtype=torch.float64)
+    state = in_place(mixer, place, tmp_path)
+    steps(mixer, x, state, [900] + [1] * 100)
+    token = 2 * 6 * 8  # kv heads, head_dim, bytes
+    assert state.nbytes() == 2 * (200 * token + 1000)
+    assert sum(tensor.nbytes for tensor in state.tensors.values()) == 2 * (1000 * 2 * token + 1000)
+    new = {start: size for start, size in mapped_files().items() if start not in before}
+    if place == "files":
+        assert not list(tmp_path.iterdir())
+        for name in ("keys", "values"):
+            address = state[name].data_ptr()
+            assert any(start <= address and address + state[name].nbytes <= start + size for start, size in new.items())
+    del state
+    gc.collect()
+    assert not set(new) & set(mapped_files())
+
+
+@torch.no_grad()
+def test_what_is_kept_elsewhere_does_not_move_to_the_device():
+    """The meta device stands for it."""
+    mixer, x = build(top_k=2), random_input(2, 30, HIDDEN, dtype=torch.float64)
+    state = in_place(mixer, "cpu", None)
+    steps(mixer, x, state, [30])
+    state.to("meta")
+    assert {name: state[name].device.type for name in state.tensors} == {"keys": "cpu", "values": "cpu", "mask": "meta"}
+    assert state.nbytes() == 2 * (6 * 2 * 6 * 8 + 30)
+
+
+@PLACES
+@torch.no_grad()
+def test_a_cache_kept_elsewhere_can_be_rearranged_saved_and_reset(place, tmp_path):
+    mixer, x = build(top_k=2), random_input(4, 60, HIDDEN, dtype=torch.float64)
+    prompt, rest = x[:2, :37], x[:, 37:]
+    for rearrange, rows in [
+        (lambda state: state.reorder(torch.tensor([1, 0])), 2),
+        (lambda state: state.select(torch.tensor([1])), 1),
+        (lambda state: state.repeat(2), 4),
+        (lambda state: state.to("cpu"), 2),
+        (lambda state: state.offload(), 2),
+        (lambda state: state.load({name: tensor.clone() for name, tensor in state.tensors.items()}), 2),
+        (lambda state: state.reset(), 2),
+    ]:
+        outs = []
+        for state in (mixer.new_state(2, x.device, x.dtype), in_place(mixer, place, tmp_path)):
+            steps(mixer, prompt, state, [30, 7])
+            rearrange(state)
+            outs.append(steps(mixer, rest[:rows], state, [1] * 12 + [11]))
+        assert torch.equal(*outs)
+        assert state.storage is not None and state["keys"].shape[0] == rows
+        if place == "files":
+            places = mapped_files()
+            address = state["keys"].data_ptr()
+            assert any(start <= address < start + size for start, size in places.items())
+
+
+@PLACES
+def test_a_cache_kept_elsewhere_has_no_gradient(place, tmp_path):
+    mixer, x = build(top_k=2), random_input(2, 9, HIDDEN, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"has no gradient; run under torch.no_grad\(\)"):
+        mixer(x, SequenceContext.of(x), in_place(mixer, place, tmp_path))
+
+
+def test_what_can_be_kept_elsewhere():
+    """Keys and values of layers that read few of them, also beside others."""
+    device, dtype = torch.device("cpu"), torch.float64
+    assert not build().new_state(1, device, dtype).keep_in("cpu")
+    branches = [{**FIELDS, "top_k": 2}, {"kind": "lightning", "num_heads": 4}]
+    beside = build_part(model_config(hidden_size=HIDDEN, mixer={"kind": "parallel", "branches": branches}))
+    state = beside.new_state(1, device, dtype)
+    assert state.keep_in("cpu") and state.branches[0].storage is not None
+    moved = state.branches[0]["keys"].data_ptr()
+    assert state.to("cpu") is state and state.branches[0]["keys"].data_ptr() == moved
+
+
+def test_places_that_cannot_keep_a_cache(tmp_path, monkeypatch):
+    state = build(top_k=2).new_state(1, torch.device("cpu"), torch.float64)
+    (tmp_path / "file").write_text("")
+    for place, reason in [("missing", "No such file or directory"), ("file", "Not a directory")]:
+        with pytest.raises(StorageError, match=f"{tmp_path / place}: cannot keep .* \\({reason}\\); give `cpu`"):
+            state.keep_in(tmp_path / place)
+    assert state.storage is None
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        state.keep_in(tmp_path)
+    assert not list(tmp_path.glob("zoo-cache-*"))
 
 
 def test_packed_documents_do_not_continue_a_state():

@@ -149,6 +149,40 @@ def test_no_half_character_is_written() -> None:
     assert parts == list(text)  # every character as soon as it is whole
 
 
+LANDMARK = {
+    "blocks": {
+        "landmark": {"mixer": {"kind": "landmark", "num_heads": 2, "block_size": 3, "top_k": 2}},
+        "lightning": {"mixer": {"kind": "lightning", "num_heads": 2}},
+    },
+    "pattern": "landmark lightning landmark",
+}
+
+
+@pytest.mark.parametrize("options", [("--temperature", "0"), ("--seed", "3")])
+def test_a_cache_kept_elsewhere_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
+) -> None:
+    model, kept = tmp_path / "model", tmp_path / "kept"
+    kept.mkdir()
+    save_model(model, **LANDMARK)
+    expected = generated(model, capsys, *options)
+    for place in ("cpu", str(kept)):
+        assert generated(model, capsys, *options, "--offload", place) == expected
+    assert not list(kept.iterdir())
+
+
+def test_a_cache_that_cannot_be_kept_elsewhere(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", str(saved), "--prompt", "x", "--offload"]
+    assert fails([*command, "cpu"], capsys).startswith("--offload: no layer reads a few blocks of its cache; it needs")
+    assert fails([*command, "cpu", "--stream-context"], capsys).startswith("--offload: is for a cache that grows")
+    save_model(tmp_path, **LANDMARK)
+    command[1], missing = str(tmp_path), tmp_path / "missing"
+    assert fails([*command, str(missing)], capsys) == (
+        f"--offload: {missing}: cannot keep 1 bytes of the cache (No such file or directory); give `cpu`, or a folder "
+        "that can be written to and has room"
+    )
+
+
 def test_bytes_that_are_no_text_come_out_as_replacements() -> None:
     assert "".join(streamed(b"ab\xff\xfecd")) == "ab��cd"
     assert "".join(streamed(b"ab\xe4\xb8")) == "ab�"

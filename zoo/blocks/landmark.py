@@ -25,7 +25,9 @@ B batch, T length, H query heads, K key/value heads, G = H/K, D head_dim, M bloc
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -39,6 +41,7 @@ from zoo.blocks.context import SequenceContext
 from zoo.blocks.linear import in_projection, out_projection
 from zoo.blocks.rope import RopeConfig, RotaryEmbedding
 from zoo.blocks.state import KeyValueState, State
+from zoo.blocks.storage import Storage
 from zoo.schema import FieldError, Size
 
 if TYPE_CHECKING:
@@ -131,25 +134,23 @@ class Landmark(Mixer):
 
     def _retrieved(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: State) -> Tensor:
         """Heads' outputs `[B, T, H, D]` of what each query reads of the state, which takes `k` and `v`."""
-        assert isinstance(state, KeyValueState) and self.config.top_k is not None
+        assert isinstance(state, LandmarkState) and self.config.top_k is not None
         block_size = self.config.block_size
         rank = SequenceContext.positions(q, mask, None, state["mask"].sum(1))
-        keys, values, mask = state.append(self._turned(k, rank % self.period), v, mask)
+        keys, _, mask = state.append(self._turned(k, rank % self.period), v, mask)
         # Where the tokens of a row are: column `columns[row, r]` has its r-th.
         columns = torch.arange(keys.shape[1], device=q.device).expand(keys.shape[:2])
         if mask is not None:
             columns = torch.argsort(~mask, dim=1, stable=True)
-        rows = torch.arange(len(q), device=q.device)[:, None]
-        landmarks = keys[rows, columns[:, block_size :: self.period]].to(torch.promote_types(q.dtype, torch.float32))
+        landmarks = state.landmarks(columns[:, block_size :: self.period])
+        landmarks = landmarks.to(torch.promote_types(q.dtype, torch.float32))
         read = len(q) * self.num_heads * min(self.config.top_k, landmarks.shape[1]) * block_size * self.head_dim
         size = max(1, MAX_RETRIEVED // max(1, read))
         tiles = zip(q.split(size, 1), rank.split(size, 1), strict=True)
-        outs = [self._read(q_tile, rank_tile, keys, values, landmarks, columns) for q_tile, rank_tile in tiles]
+        outs = [self._read(q_tile, rank_tile, state, landmarks, columns) for q_tile, rank_tile in tiles]
         return torch.cat(outs, 1).to(q.dtype)
 
-    def _read(
-        self, q: Tensor, rank: Tensor, keys: Tensor, values: Tensor, landmarks: Tensor, columns: Tensor
-    ) -> Tensor:
+    def _read(self, q: Tensor, rank: Tensor, state: LandmarkState, landmarks: Tensor, columns: Tensor) -> Tensor:
         """Of queries `[B, T, H, D]` that stand at `rank` `[B, T]` in their rows; landmarks `[B, N, K, D]`."""
         assert self.config.top_k is not None
         batch, length, _, dim = q.shape
@@ -182,18 +183,20 @@ class Landmark(Mixer):
         heads = torch.arange(self.num_kv_heads, device=device).view(-1, 1, 1, 1)
         places = torch.arange(size, device=device)
         there = columns[rows, chosen[..., None] * self.period + places]  # [B, T, K, G, R, M]
-        inside = torch.einsum("btkgrd,btkgrmd->btkgrm", of_block, keys[rows, there, heads].to(wide)).softmax(-1)
+        inside = torch.einsum(
+            "btkgrd,btkgrmd->btkgrm", of_block, state.read("keys", rows, there, heads).to(wide)
+        ).softmax(-1)
 
         rows = rows[..., 0, 0, 0]
         here = (block[..., None] * self.period + places).clamp(max=columns.shape[1] - 1)
         here = columns[rows, here]  # [B, T, M]
-        own = torch.einsum("btkgd,btmkd->btkgm", turned[:, :, 0], keys[rows, here].to(wide))
+        own = torch.einsum("btkgd,btmkd->btkgm", turned[:, :, 0], state.read("keys", rows, here).to(wide))
         own = own.masked_fill((places > place[..., None])[:, :, None, None], -torch.inf)
         p_chosen, p_own = torch.cat([scores, own], -1).softmax(-1).split([scores.shape[-1], size], -1)
         rows = rows[..., None, None, None]
         shared = p_chosen[..., None] * inside
-        out = torch.einsum("btkgrm,btkgrmd->btkgd", shared, values[rows, there, heads].to(wide))
-        out = out + torch.einsum("btkgm,btmkd->btkgd", p_own, values[rows[..., 0, 0, 0], here].to(wide))
+        out = torch.einsum("btkgrm,btkgrmd->btkgd", shared, state.read("values", rows, there, heads).to(wide))
+        out = out + torch.einsum("btkgm,btmkd->btkgd", p_own, state.read("values", rows[..., 0, 0, 0], here).to(wide))
         return out.flatten(2, 3)
 
     def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -201,7 +204,9 @@ class Landmark(Mixer):
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         empty = torch.empty(batch_size, 0, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
-        return KeyValueState(empty, empty.clone())
+        if self.config.top_k is None:
+            return KeyValueState(empty, empty.clone())
+        return LandmarkState(empty, empty.clone(), self.period)
 
     def state_bytes(self, batch: int, length: int) -> int:
         keys_and_values = 2 * self.num_kv_heads * self.head_dim * self.o_proj.weight.dtype.itemsize
@@ -222,3 +227,89 @@ class Landmark(Mixer):
         own = blocks * (size * (size + 1) // 2 + size) + rest * (rest + 1) // 2
         products = tokens(blocks) + 2 * (size * tokens(read) + own)
         return 2 * batch * (length * weights + products * self.num_heads * self.head_dim)
+
+
+class LandmarkState(KeyValueState):
+    """As KeyValueState, read a few blocks at a time. Keys and values may be kept off the device, but for the landmarks:
+    what a step reads is brought in. Results are the same to the last bit."""
+
+    def __init__(self, keys: Tensor, values: Tensor, period: int) -> None:
+        super().__init__(keys, values)
+        self.period = period  # of landmarks
+        self.storage: Storage | None = None
+        self._resident: Tensor | None = None  # with a storage: the landmarks
+        self._settled = 0  # how many of them no row will change
+
+    def keep_in(self, place: str | Path) -> bool:
+        self.storage = Storage(place)
+        self._store()
+        return True
+
+    def append(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.storage is not None and (keys.requires_grad or values.requires_grad):
+            raise ValueError("what is kept off the device has no gradient; run under torch.no_grad()")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.storage is None):
+            return super().append(keys, values, mask)
+
+    def read(self, name: str, rows: Tensor, columns: Tensor, *heads: Tensor) -> Tensor:
+        """The named tensor at such rows, columns and heads, on their device."""
+        tensor = self[name]
+        index = (rows, columns, *heads)
+        if self.storage is None:
+            return tensor[index]
+        return tensor[tuple(x.to(tensor.device) for x in index)].to(columns.device)
+
+    def landmarks(self, columns: Tensor) -> Tensor:
+        """The keys `[B, N, K, D]` at `columns` `[B, N]`, where the landmarks of each row are; anything where it has no
+        such landmark yet."""
+        rows = torch.arange(len(columns), device=columns.device)[:, None]
+        if self.storage is None:
+            return self.read("keys", rows, columns)
+        resident = self.read("keys", rows, columns[:, self._settled :])
+        if self._resident is not None:
+            resident = torch.cat([self._resident[:, : self._settled], resident], 1)
+        self._resident, self._settled = resident, int(self["mask"].sum(1).min()) // self.period
+        return resident
+
+    def to(self, device: torch.device | str) -> Self:
+        if self.storage is None:
+            return super().to(device)
+        self.tensors["mask"] = self["mask"].to(device)
+        if self._resident is not None:
+            self._resident = self._resident.to(device)
+        return self
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load(tensors)
+        self._store()
+
+    def reset(self) -> None:
+        super().reset()
+        self._store()
+
+    def nbytes(self) -> int:
+        """Bytes in use, without what is kept in the storage."""
+        if self.storage is None:
+            return super().nbytes()
+        return self["mask"].nbytes + (0 if self._resident is None else self._resident.nbytes)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        resident, settled = self._resident, self._settled
+        super()._map(function)
+        self._store()
+        if resident is not None:
+            self._resident, self._settled = function(resident), settled
+
+    def _store(self) -> None:
+        """Keys and values, which may be anywhere, into the storage; the landmarks are read when they are needed."""
+        self._resident, self._settled = None, 0
+        if self.storage is not None:
+            for name in ("keys", "values"):
+                tensor = self[name]
+                self._buffers[name] = self._allocate(tensor, tuple(tensor.shape), name)
+                self.tensors[name] = self._buffers[name].copy_(tensor)
+
+    def _allocate(self, like: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+        if self.storage is None or name == "mask":
+            return super()._allocate(like, shape, name)
+        return self.storage.empty(shape, like.dtype)

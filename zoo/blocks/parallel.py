@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, cast
 
 import torch
@@ -101,6 +102,17 @@ class ParallelState(State):
             start = f"{i}."
             own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
             state.load(own)
+
+    def to(self, device: torch.device | str) -> Self:
+        for state in self.branches:
+            state.to(device)
+        return self
+
+    def keep_in(self, place: str | Path) -> bool:
+        return any([state.keep_in(place) for state in self.branches])
+
+    def nbytes(self) -> int:
+        return sum(state.nbytes() for state in self.branches)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         for state in self.branches:

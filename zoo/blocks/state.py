@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -51,6 +52,15 @@ class State:
         if any(tensor.device != device for tensor in self.tensors.values()):
             self._map(lambda tensor: tensor.to(device))
         return self
+
+    def keep_in(self, place: str | Path) -> bool:
+        """Keep what a step reads little of off the device for good, in CPU memory (`"cpu"`) or files in a folder.
+        Returns whether there is such a thing: only retrieval by landmarks has it.
+
+        Raises:
+            StorageError: the folder cannot be used.
+        """
+        return False
 
     def offload(self) -> None:
         """Move to CPU memory; the next forward pass brings the state back to where it is needed."""
@@ -127,11 +137,15 @@ class KeyValueState(State):
         # A buffer made in inference mode is read-only outside it.
         sealed = buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled()
         if buffer is None or sealed or buffer.shape[1] < end:
-            buffer = past.new_empty(past.shape[0], max(end, 2 * start), *past.shape[2:])
+            buffer = self._allocate(past, (past.shape[0], max(end, 2 * start), *past.shape[2:]), name)
             buffer[:, :start] = past
             self._buffers[name] = buffer
         buffer[:, start:end] = new
         return buffer[:, :end]
+
+    def _allocate(self, like: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+        """A buffer of `name`, which is now `like`."""
+        return like.new_empty(shape)
 
     def _forget(self, window: int) -> None:
         length = self["mask"].shape[1]

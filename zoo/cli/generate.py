@@ -26,9 +26,11 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from zoo.blocks.storage import StorageError
 from zoo.cli.errors import CommandError
 from zoo.cli.options import Option
 from zoo.config import load_config
+from zoo.models.cache import ZooCache
 from zoo.models.modeling import ZooForCausalLM
 from zoo.models.streaming import obstacle, stream
 from zoo.schema import Count, NonNegative, Share, Size
@@ -51,6 +53,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=Option(Count | None), default=None, help="The same seed gives the same text.")
     parser.add_argument("--stream", action=ActionYesNo, default=True, help="Print as it comes, or all at the end.")
+    parser.add_argument(
+        "--offload",
+        type=str | None,
+        default=None,
+        metavar="cpu|FOLDER",
+        help="Keep the cache of landmark layers with top_k in CPU memory or in files, but for the landmarks.",
+    )
     parser.add_argument(
         "--stream-context",
         action="store_true",
@@ -78,8 +87,11 @@ def run(arguments: Namespace) -> None:
         sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
     printer = TextPrinter(tokenizer, sys.stdout)
     if arguments.stream_context:
+        if arguments.offload is not None:
+            raise CommandError("--offload: is for a cache that grows, which --stream-context has not; leave one out")
         stream_context(model, input_ids.to(model.device), sampling, arguments, printer)
         return
+    cache = {} if arguments.offload is None else {"past_key_values": offloaded_cache(model, arguments.offload)}
     sys.stdout.write(arguments.prompt)
     output = model.generate(
         input_ids.to(model.device),
@@ -88,12 +100,33 @@ def run(arguments: Namespace) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         streamer=printer if arguments.stream else None,
+        **cache,
         **sampling,
     )
     if not arguments.stream:
         printer.put(output[:, : input_ids.shape[1]])
         printer.put(output[:, input_ids.shape[1] :])
         printer.end()
+
+
+def offloaded_cache(model: PreTrainedModel, place: str) -> ZooCache:
+    """An empty cache whose keys and values will be in CPU memory or in files.
+
+    Raises:
+        CommandError: the model has no such cache, or the folder cannot be used.
+    """
+    if not isinstance(model, ZooForCausalLM):
+        raise CommandError("--offload: is for models of the zoo; `zoo import` makes one of this folder")
+    cache = model.model.new_cache(1, model.device, model.dtype)
+    try:
+        kept = cache.keep_in(place)
+    except StorageError as error:
+        raise CommandError(f"--offload: {error}") from None
+    if not kept:
+        raise CommandError(
+            "--offload: no layer reads a few blocks of its cache; it needs a landmark mixer with top_k, leave it out"
+        )
+    return cache
 
 
 def stream_context(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -52,8 +54,17 @@ class ZooCache(Cache):
         self.seen = torch.zeros_like(self.seen)
         self._length = 0
 
+    def keep_in(self, place: str | Path) -> bool:
+        """Keep off the device what landmark layers with `top_k` read a little of at each step: all keys and values but
+        the landmarks', in CPU memory (`"cpu"`) or in nameless files in a folder. Returns whether there is such a layer.
+
+        Raises:
+            StorageError: the folder cannot be used.
+        """
+        return any([state.keep_in(place) for state in self.layers if state is not None])
+
     def nbytes(self) -> int:
-        """Bytes of all states."""
+        """Bytes of all states, without what is kept off the device."""
         return sum(state.nbytes() for state in self.layers if state is not None)
 
     def __repr__(self) -> str:
