@@ -34,8 +34,9 @@ from benchmarks.rows import Options
 
 STATEFUL = ("linear_attention", "selective_scan", "causal_conv1d")
 WITH_LSE = ("softmax_attention", "interval_attention")
-WHOLE = WITH_LSE  # a token sees all before it, and no state carries them
+WHOLE = (*WITH_LSE, "landmark_attention")  # a token sees all before it, and no state carries them
 PACKED = (*STATEFUL, "softmax_attention")
+WITHOUT_KERNELS = ("top_k",)
 LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}  # float32 multiplied in TF32 would be off by 3e-4
 MIN_KEYS = 1100  # that one token attends to
 SEGMENT = {"cuda": 1 << 16, "quick": 20}
@@ -93,6 +94,8 @@ def jobs(options: Options) -> dict[str, Job]:
         mode = Mode(*LENGTH[size], gradients)
         found[named(case, mode)] = Job(partial(in_turn, [partial(check, case, mode, options)]), gigabytes)
     for case in cases(size):
+        if case.variant in WITHOUT_KERNELS:
+            continue
         modes = [mode for mode in MODES[size] if case.op in PACKED or not mode.packed]
         calls = [partial(check, case, mode, options) for mode in modes]
         found[named(case)] = Job(partial(in_turn, [*calls, partial(warm, case, options)]))

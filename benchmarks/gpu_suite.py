@@ -54,8 +54,8 @@ from zoo.models import ZooForCausalLM
 SHARES = {"checks": 0.34, "ops": 0.36, "train": 0.18, "decode": 0.12}
 PROCESSES = 14  # of checks side by side
 DTYPE = "bfloat16"
-OPS_ORDER = (8192, 32768, 131072, 2048, 1)  # lengths
-TOLD = (8192, 131072)  # those in the table at the end
+OPS_ORDER = (8192, 65536, 131072, 32768, 2048, 1)  # lengths
+TOLD = (8192, 65536, 131072)  # those in the table at the end
 BATCHES = ((4, False), (2, False), (1, False), (1, True))  # and checkpointing: the first that fits
 TRAINED = {"cuda": 8192, "quick": 16}  # tokens of a row
 CONTEXTS = {"cuda": (4096, 131072, 1 << 20), "quick": (16, 40)}

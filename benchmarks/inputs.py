@@ -31,7 +31,9 @@ VARIANTS = {
     "gated_rms_norm": ("gate first", "norm first"),  # Mamba-2's with SiLU, Lightning's with a sigmoid
     "softmax_attention": (None, "window", "sinks", "strided+random", "softcap"),  # as the op tells its kinds apart
     "interval_attention": (None,),  # to blocks that end before the query, the compressed tier of NSA
+    "landmark_attention": (None, "top_k"),
 }
+LANDMARK_BLOCK, LANDMARK_TOP_K = 63, 4  # with the landmark, 64 tokens
 
 
 class Case(NamedTuple):
@@ -173,6 +175,23 @@ def _interval_attention(case: Case, shape: Shape, random: Random, wide: Random) 
     return tensors, fixed, 4 * shape.batch * int(stop.sum()) * case.heads * case.width
 
 
+def _landmark_attention(case: Case, shape: Shape, random: Random, wide: Random) -> Made:
+    tensors, _, _ = _softmax_attention(case, shape, random, wide)
+    batch, length, keys = shape.batch, shape.length, tensors["k"].shape[1]
+    block = torch.arange(keys, device=tensors["k"].device) // (LANDMARK_BLOCK + 1)
+    is_landmark = torch.arange(1, keys + 1, device=block.device) % (LANDMARK_BLOCK + 1) == 0
+    fixed: dict[str, Any] = {"is_landmark": is_landmark.expand(batch, keys)}
+    before = block[keys - length :]  # of each query
+    read = before
+    if case.variant == "top_k":
+        fixed["top_k"] = LANDMARK_TOP_K
+        read = before.clamp(max=LANDMARK_TOP_K)
+    own = torch.arange(keys - length, keys, device=block.device) % (LANDMARK_BLOCK + 1) + 1
+    # A product for each landmark, and two for each key that is read.
+    products = int((before + 2 * (read * LANDMARK_BLOCK + own)).sum())
+    return tensors, fixed, 2 * batch * products * case.heads * case.width
+
+
 _makers: dict[str, Callable[[Case, Shape, Random, Random], Made]] = {
     "linear_attention": _linear_attention,
     "selective_scan": _selective_scan,
@@ -180,4 +199,5 @@ _makers: dict[str, Callable[[Case, Shape, Random, Random], Made]] = {
     "gated_rms_norm": _gated_rms_norm,
     "softmax_attention": _softmax_attention,
     "interval_attention": _interval_attention,
+    "landmark_attention": _landmark_attention,
 }

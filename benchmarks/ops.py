@@ -17,7 +17,7 @@ from zoo import ops
 from zoo.ops import dispatch
 
 FORWARD, BOTH, DECODE = "forward", "forward+backward", "decode"
-LENGTHS = {"cpu": (512, 4096), "cuda": (2048, 8192, 32768, 131072), "quick": (32,)}
+LENGTHS = {"cpu": (512, 4096), "cuda": (2048, 8192, 32768, 65536, 131072), "quick": (32,)}
 TOKENS = {"cpu": 4096, "cuda": 131072, "quick": 64}  # of all rows of a batch together
 SLOW_REFERENCE = 512  # tokens beyond which one token at a time takes too long
 # Ours and the peers' names of what is a constant there, as in the model, and gets no gradient.
@@ -43,7 +43,7 @@ def plan(options: Options) -> list[Task]:
 
 def measure(case: Case, shape: Shape, pass_: str, dtype: str, options: Options) -> Row:
     """One row: our backends and the peers on the same values."""
-    if shape.decode and case.op in ("softmax_attention", "interval_attention"):
+    if shape.decode and case.op in ("softmax_attention", "interval_attention", "landmark_attention"):
         shape = shape._replace(keys=CACHED[options.size])
     inputs = make_inputs(case, shape, dtype, options)
     constant = CONSTANT.get(case.variant or "", ())

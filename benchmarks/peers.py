@@ -57,7 +57,16 @@ def _peer(op: str, name: str) -> Callable[[Builder], Builder]:
 def _(tensors: dict[str, Tensor], variant: str | None, decode: bool) -> Call | None:
     if variant is not None:  # which FlexAttention serves, our library backend
         return None
+    return _dense(tensors, decode)
 
+
+@_peer("landmark_attention", "sdpa")
+def _(tensors: dict[str, Tensor], variant: str | None, decode: bool) -> Call:
+    """Plain attention: no public kernel has the grouped softmax."""
+    return _dense(tensors, decode)
+
+
+def _dense(tensors: dict[str, Tensor], decode: bool) -> Call:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=not decode, enable_gqa=True).transpose(1, 2)
 

@@ -76,6 +76,16 @@ def test_offload(run: Run, measure: Measure) -> None:
     measure("offload", run.go_on(run.cache, ROWS), run.after, 1e-9)
 
 
+def test_kept_elsewhere(run: Run, tmp_path: Path, measure: Measure) -> None:
+    """The same bits, with most of the state in CPU memory or in files; of most mixers, nothing is kept there."""
+    expected = run.go_on(run.prompted(), ROWS)
+    for place in ("cpu", tmp_path):
+        cache = run.model.new_cache(3, run.x.device, run.x.dtype)
+        cache.keep_in(place)
+        chunked(run.model, run.x[:, :PROMPT], [PROMPT], cache, run.mask[:, :PROMPT])
+        measure(f"in {place}", run.go_on(cache, ROWS), expected, 0.0)
+
+
 def save(run: Run, path: Path) -> list[Path]:
     files = []
     for i, state in enumerate(run.states(run.cache)):
