@@ -12,7 +12,7 @@ import torch
 
 import zoo
 from zoo import ops
-from zoo.blocks import KeyValueState
+from zoo.blocks.landmark import LandmarkState
 from zoo.blocks.registry import kind_of
 
 matplotlib.use("Agg")
@@ -24,17 +24,19 @@ FIELDS = {"kind": "landmark", "num_heads": 1, "head_dim": 16, "block_size": BLOC
 
 
 def weights() -> dict[str, torch.Tensor]:
-    """`[queries, keys]` of both ways to run; the values are the identity, so that what comes out are the weights."""
+    """`[queries, keys]` of the ways to run; the values are the identity, so that what comes out are the weights."""
     torch.manual_seed(3)
     config = zoo.load_config({"vocab_size": 8, "hidden_size": 16, "blocks": {"b": {"mixer": FIELDS}}, "pattern": "b"})
     mixer = kind_of("mixer", "landmark").module_class(config.layers[0].mixer.config, config, 0)
     q, k = (1.4 * torch.randn(1, LENGTH, 1, 16) for _ in range(2))
     v = torch.eye(LENGTH)[None, :, None]
     positions = torch.arange(LENGTH)[None]
-    whole = ops.landmark_attention(*mixer.rotary(q, k, positions), v, positions % (BLOCK + 1) == BLOCK)
-    state = KeyValueState(k[:, :0], v[:, :0])
+    inputs = *mixer.rotary(q, k, positions), v, positions % (BLOCK + 1) == BLOCK
+    whole, few = (ops.landmark_attention(*inputs, top_k=top_k) for top_k in (None, TOP_K))
+    state = LandmarkState(k[:, :0], v[:, :0], BLOCK + 1)
     return {
         "a forward pass: all blocks": whole[0, :, 0],
+        f"a forward pass with train_top_k {TOP_K}": few[0, :, 0],
         f"with a cache and top_k {TOP_K}": mixer._retrieved(q, k, v, None, state)[0, :, 0],
     }
 
@@ -42,7 +44,7 @@ def weights() -> dict[str, torch.Tensor]:
 def main() -> None:
     with torch.no_grad():
         panels = weights()
-    figure, axes = plt.subplots(1, 2, figsize=(10.6, 4.9), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(15.4, 4.9), sharey=True)
     for axis, (title, matrix) in zip(axes, panels.items(), strict=True):
         shades = axis.imshow(matrix, cmap="Blues", norm=PowerNorm(0.4, 0, 1))
         axis.set_title(title, fontsize=10)
