@@ -30,11 +30,11 @@ from torch import Tensor
 from benchmarks.inputs import Case, Shape, cases
 from benchmarks.inputs import make_inputs as random_inputs
 from benchmarks.ops import BOTH, DECODE, FORWARD, measure, on_backend
-from benchmarks.rows import Options
+from benchmarks.rows import DTYPES, Options
 
 STATEFUL = ("linear_attention", "selective_scan", "causal_conv1d")
 WITH_LSE = ("softmax_attention", "interval_attention")
-WHOLE = (*WITH_LSE, "landmark_attention")  # a token sees all before it, and no state carries them
+WHOLE = (*WITH_LSE, "landmark_attention", "block_sparse_attention")  # a token sees all before it, and no state carries them
 PACKED = (*STATEFUL, "softmax_attention")
 WITHOUT_KERNELS = ("top_k",)
 LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}  # float32 multiplied in TF32 would be off by 3e-4
@@ -72,6 +72,10 @@ MODES = {
     ),
     "quick": (Mode("float32", 1, 21), Mode("float32", 1, 11, packed=True), Mode("float32", 1, 1, gradients=False)),
 }
+CHOICES = {
+    "cuda": (Mode("float32", 1, 2111), Mode("bfloat16", 1, 1 << 16), Mode("bfloat16", 2, 1)),
+    "quick": (Mode("float32", 1, 40), Mode("float32", 1, 1)),
+}
 LENGTH = {"cuda": ("bfloat16", 1, 1 << 20), "quick": ("float32", 1, 50)}
 # At 1,048,576 tokens, with or without gradients, and the memory that takes. Those without have over 2^31 elements.
 LONG = (
@@ -82,6 +86,7 @@ LONG = (
     (Case("causal_conv1d", None, 1, 2056), True, 40),
     (Case("gated_rms_norm", "gate first", 1, 2056), True, 50),
     (Case("softmax_attention", "sinks", 2, 128), True, 40),
+    (Case("block_sparse_attention", None, 4, 64), True, 60),
 )
 
 
@@ -93,6 +98,7 @@ def jobs(options: Options) -> dict[str, Job]:
         case = case._replace(heads=min(2, case.heads), width=16) if options.quick else case
         mode = Mode(*LENGTH[size], gradients)
         found[named(case, mode)] = Job(partial(in_turn, [partial(check, case, mode, options)]), gigabytes)
+    found["select_blocks"] = Job(partial(in_turn, [partial(choices, mode, options) for mode in CHOICES[size]]), 20)
     for case in cases(size):
         if case.variant in WITHOUT_KERNELS:
             continue
@@ -234,6 +240,27 @@ def relative_error(out: Tensor, ref: Tensor) -> float:
     norm, distance = ref.norm().item(), (out.double() - ref).norm().item()
     error = distance / norm if norm > 0 else distance
     return error if error < float("inf") else float("inf")
+
+
+def choices(mode: Mode, options: Options) -> Result:
+    """select_blocks' choice for a long row against that of float64. Where two blocks are nearly alike either may be
+    chosen: what counts is the share of the rows that differ."""
+    torch.manual_seed(0)
+    q = torch.randn(mode.batch, mode.length, 32, 128, device=options.device, dtype=DTYPES[mode.dtype])
+    position = torch.arange(mode.length, device=options.device).expand(mode.batch, -1)
+    k = torch.randn(mode.batch, max(0, mode.length - 16) // 16, 2, 128, device=options.device, dtype=q.dtype)
+    rule = {"compress_block": 32, "compress_stride": 16, "select_block": 64, "top_n": 16}
+
+    def choose(backend: str, dtype: torch.dtype) -> Tensor:
+        return on_backend(
+            backend, "select_blocks", rule, q=q.to(dtype), k=k.to(dtype), first=0 * position, position=position
+        )
+
+    found, again = choose("triton", q.dtype), choose("triton", q.dtype)
+    differ = (found.sort(-1).values != choose("torch", torch.float64).sort(-1).values).any(-1)
+    share, repeatable = differ.double().mean().item(), torch.equal(found, again)
+    name = f"select_blocks, {mode.dtype} {mode.batch} x {mode.length}"
+    return {"check": name, "passed": share < 1e-3 and repeatable, "repeatable": repeatable, "errors": {"rows": share}}
 
 
 def warm(case: Case, options: Options) -> Result:

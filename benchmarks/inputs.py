@@ -24,11 +24,18 @@ CACHED = {"cpu": 4096, "cuda": 32768, "quick": 32}  # keys that one token attend
 HEADS = {"cpu": ((4, 64), (8, 128)), "cuda": ((32, 64), (16, 128), (8, 256)), "quick": ((2, 16),)}
 CHANNELS = {"cpu": (512, 1536), "cuda": (2048, 4096), "quick": (32,)}
 WINDOW, SINKS, SOFTCAP, BLOCK = 512, 4, 30.0, 16
+CHOSEN_BLOCK, CHOSEN, SHARED = (
+    64,
+    16,
+    16,
+)  # keys in a block to choose, blocks of a query, and query heads that choose together
+FEW = 4  # keys in a block where there are not more than CHOSEN_BLOCK
 VARIANTS = {
     "linear_attention": ("per head", "per token"),  # Lightning's decay, one group per head; Mamba-2's, one group
     "selective_scan": (None,),
     "causal_conv1d": (None,),
     "gated_rms_norm": ("gate first", "norm first"),  # Mamba-2's with SiLU, Lightning's with a sigmoid
+    "block_sparse_attention": (None,),  # NSA's blocks, at random but for the first and the last two
     "softmax_attention": (None, "window", "sinks", "strided+random", "softcap"),  # as the op tells its kinds apart
     "interval_attention": (None,),  # to blocks that end before the query, the compressed tier of NSA
     "landmark_attention": (None, "top_k"),
@@ -192,11 +199,28 @@ def _landmark_attention(case: Case, shape: Shape, random: Random, wide: Random) 
     return tensors, fixed, 2 * batch * products * case.heads * case.width
 
 
+def _block_sparse_attention(case: Case, shape: Shape, random: Random, wide: Random) -> Made:
+    batch, length, heads, width = shape.batch, shape.length, case.heads, case.width
+    keys, kv_heads = shape.keys or length, max(1, heads // SHARED)
+    tensors = {"q": random(batch, length, heads, width)}
+    tensors |= {name: random(batch, keys, kv_heads, width) for name in ("k", "v")}
+    size = CHOSEN_BLOCK if keys > CHOSEN_BLOCK else FEW
+    position = torch.arange(keys - length, keys, device=tensors["q"].device)[:, None, None]
+    own = (position // size).expand(batch, -1, kv_heads, -1)
+    others = (torch.rand(batch, length, kv_heads, CHOSEN - 3, device=own.device) * (own + 1)).long()
+    blocks = torch.cat([0 * own, (own - 1).clamp(min=0), own, others], -1).sort(-1).values
+    blocks[..., 1:].masked_fill_(blocks[..., 1:] == blocks[..., :-1], -1)
+    seen = (position + 1 - blocks * size).clamp(max=size).masked_fill(blocks < 0, 0)
+    fixed = {"block_indices": blocks, "block_size": size}
+    return tensors, fixed, 4 * int(seen.sum()) * (heads // kv_heads) * width
+
+
 _makers: dict[str, Callable[[Case, Shape, Random, Random], Made]] = {
     "linear_attention": _linear_attention,
     "selective_scan": _selective_scan,
     "causal_conv1d": _causal_conv1d,
     "gated_rms_norm": _gated_rms_norm,
+    "block_sparse_attention": _block_sparse_attention,
     "softmax_attention": _softmax_attention,
     "interval_attention": _interval_attention,
     "landmark_attention": _landmark_attention,

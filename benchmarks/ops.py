@@ -19,6 +19,8 @@ from zoo.ops import dispatch
 FORWARD, BOTH, DECODE = "forward", "forward+backward", "decode"
 LENGTHS = {"cpu": (512, 4096), "cuda": (2048, 8192, 32768, 65536, 131072), "quick": (32,)}
 TOKENS = {"cpu": 4096, "cuda": 131072, "quick": 64}  # of all rows of a batch together
+# Whose one token attends to a cache.
+CACHING = ("softmax_attention", "interval_attention", "landmark_attention", "block_sparse_attention")
 SLOW_REFERENCE = 512  # tokens beyond which one token at a time takes too long
 # Ours and the peers' names of what is a constant there, as in the model, and gets no gradient.
 CONSTANT = {"per head": ("log_decay", "dt", "A")}
@@ -43,7 +45,7 @@ def plan(options: Options) -> list[Task]:
 
 def measure(case: Case, shape: Shape, pass_: str, dtype: str, options: Options) -> Row:
     """One row: our backends and the peers on the same values."""
-    if shape.decode and case.op in ("softmax_attention", "interval_attention", "landmark_attention"):
+    if shape.decode and case.op in CACHING:
         shape = shape._replace(keys=CACHED[options.size])
     inputs = make_inputs(case, shape, dtype, options)
     constant = CONSTANT.get(case.variant or "", ())
@@ -52,7 +54,8 @@ def measure(case: Case, shape: Shape, pass_: str, dtype: str, options: Options) 
     failed = {}
     for name, build in peers.find(case.op, options).items():
         try:
-            peer = build(inputs.tensors, case.variant, shape.decode)
+            told = {name: x for name, x in inputs.fixed.items() if isinstance(x, Tensor)}
+            peer = build(inputs.tensors | told, case.variant, shape.decode)
         except Exception as error:  # an installation may be broken in any way
             failed[name] = in_one_line(error)
         else:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.inputs import EPS
+from benchmarks.inputs import CHOSEN_BLOCK, EPS, FEW
 from benchmarks.rows import Options
 from zoo.ops.linear_attention.ssd import WRONG_FROM
 
@@ -53,6 +53,7 @@ def _peer(op: str, name: str) -> Callable[[Builder], Builder]:
     return register
 
 
+@_peer("block_sparse_attention", "sdpa")  # to everything
 @_peer("softmax_attention", "sdpa")
 def _(tensors: dict[str, Tensor], variant: str | None, decode: bool) -> Call | None:
     if variant is not None:  # which FlexAttention serves, our library backend
@@ -70,7 +71,22 @@ def _dense(tensors: dict[str, Tensor], decode: bool) -> Call:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=not decode, enable_gqa=True).transpose(1, 2)
 
-    return Call(call, {name: t.transpose(1, 2).contiguous() for name, t in tensors.items()})
+    return Call(call, {name: tensors[name].transpose(1, 2).contiguous() for name in ("q", "k", "v")})
+
+
+@_peer("block_sparse_attention", "fla")
+def _(tensors: dict[str, Tensor], variant: str | None, decode: bool) -> Call | None:
+    from fla.ops.nsa import parallel_nsa
+
+    q, k, v, blocks = (tensors[name] for name in ("q", "k", "v", "block_indices"))
+    if decode or q.shape[2] // k.shape[2] < 16:  # as many queries as keys; and what it asks for
+        return None
+    size = CHOSEN_BLOCK if k.shape[1] > CHOSEN_BLOCK else FEW
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return parallel_nsa(q, k, v, block_indices=blocks, block_counts=blocks.shape[-1], block_size=size)
+
+    return Call(call, {"q": q, "k": k, "v": v})
 
 
 def _as_ssd(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

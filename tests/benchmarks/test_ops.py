@@ -36,6 +36,17 @@ def test_attention_counts_the_keys_that_a_query_may_see():
     assert decode["shape"]["keys"] == CACHED["quick"]
 
 
+def test_sparse_attention_counts_each_chosen_key_once():
+    """Four blocks of 4 keys at 16 tokens: a query chooses among its own and those before it, the first four all."""
+    inputs = make_inputs(Case("block_sparse_attention", None, 2, 16), Shape(1, 16), "float32", OPTIONS)
+    blocks = inputs.fixed["block_indices"][0, :, 0]
+    seen = [
+        j for t in range(16) for j in range(t + 1) if j // inputs.fixed["block_size"] in blocks[t].tolist()
+    ]  # each key of each query
+    assert inputs.flops == 4 * len(seen) * 2 * 16
+    assert (blocks[:, None] == torch.arange(4)[:, None]).sum(-1).max() == 1  # -1 instead of a second time
+
+
 def test_decoding_reads_and_writes_the_state():
     row = measure(Case("selective_scan", None, 1, 32), ONE, DECODE, "float32", OPTIONS)
     state = 4 * 32 * STATE_SIZE

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.ops.test_linear_attention_kernels import interpreter  # noqa: F401  (a fixture)
 from tests.blocks.helpers import assert_close, build_part, model_config, perturb, random_input
 from zoo import ConfigError, ops
 from zoo.blocks import SequenceContext
@@ -168,6 +169,23 @@ def test_equals_flash_linear_attention() -> None:
     gates = mixer.gate_proj(x).sigmoid().unflatten(-1, (2, 4))[..., None]
     expected = mixer.o_proj((gates[:, :, 0] * coarse + gates[:, :, 1] * fine).flatten(-2))
     assert_close(mixer(x, SequenceContext.of(x)), expected, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("fields", [NSA, MOBA], ids=["nsa", "moba"])
+def test_on_the_kernels(fields: dict, interpreter: None) -> None:
+    """Every tier, and the choice, as the reference has them: outputs and gradients of padded rows."""
+    mixer, x = build(**fields), random_input(2, 21, HIDDEN, dtype=torch.float64)
+    mask = torch.arange(21) >= torch.tensor([[0], [6]])
+    results = {}
+    for name, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+        mixer, given = mixer.to(dtype), x.detach().to(dtype).requires_grad_()
+        mixer.zero_grad()
+        with ops.backend(name):
+            out = mixer(given, SequenceContext.of(given, padding_mask=mask)) * mask[..., None]
+            out.sin().sum().backward()
+        results[name] = [out, given.grad, *(p.grad.clone() for p in mixer.parameters())]
+    for got, expected in zip(results["triton"], results["reference"], strict=True):
+        assert_close(got, expected, tolerance=1e-5)
 
 
 def test_select_window_limits_how_far_back_blocks_are_chosen() -> None:
