@@ -24,12 +24,8 @@ CACHED = {"cpu": 4096, "cuda": 32768, "quick": 32}  # keys that one token attend
 HEADS = {"cpu": ((4, 64), (8, 128)), "cuda": ((32, 64), (16, 128), (8, 256)), "quick": ((2, 16),)}
 CHANNELS = {"cpu": (512, 1536), "cuda": (2048, 4096), "quick": (32,)}
 WINDOW, SINKS, SOFTCAP, BLOCK = 512, 4, 30.0, 16
-CHOSEN_BLOCK, CHOSEN, SHARED = (
-    64,
-    16,
-    16,
-)  # keys in a block to choose, blocks of a query, and query heads that choose together
-FEW = 4  # keys in a block where there are not more than CHOSEN_BLOCK
+CHOSEN_BLOCK, FEW = 64, 4  # keys in a block to choose, and where there are no more than one such
+CHOSEN, SHARED = 16, 16  # blocks of a query, and query heads that choose together
 VARIANTS = {
     "linear_attention": ("per head", "per token"),  # Lightning's decay, one group per head; Mamba-2's, one group
     "selective_scan": (None,),

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.ops.test_linear_attention_kernels import interpreter  # noqa: F401  (a fixture)
 from tests.blocks.helpers import assert_close, build_part, model_config, perturb, random_input
+from tests.ops.test_linear_attention_kernels import interpreter  # noqa: F401  (a fixture)
 from zoo import ConfigError, ops
 from zoo.blocks import SequenceContext
 from zoo.blocks.hierarchical import Hierarchical
@@ -172,7 +172,7 @@ def test_equals_flash_linear_attention() -> None:
 
 
 @pytest.mark.parametrize("fields", [NSA, MOBA], ids=["nsa", "moba"])
-def test_on_the_kernels(fields: dict, interpreter: None) -> None:
+def test_on_the_kernels(fields: dict) -> None:
     """Every tier, and the choice, as the reference has them: outputs and gradients of padded rows."""
     mixer, x = build(**fields), random_input(2, 21, HIDDEN, dtype=torch.float64)
     mask = torch.arange(21) >= torch.tensor([[0], [6]])
