@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ops.helpers import relative_error
-from zoo.ops import backend, backends, infini_attention, softmax_attention
+from zoo.ops import backend, infini_attention, softmax_attention
 
 NAMES = ("q", "k", "v", "gate", "q_mem", "k_mem", "M", "z")
 UPDATES = ("linear", "delta")
@@ -429,10 +429,6 @@ def test_shapes_on_the_meta_device():
     inputs = {n: x.to("meta") for n, x in make_inputs(2, 50, 4, 2, 6, 5).items()}
     out, m, z = call(inputs)
     assert out.shape == (2, 50, 4, 5) and m.shape == (2, 4, 6, 5) and z.shape == (2, 4, 6)
-
-
-def test_there_is_no_kernel_yet():
-    assert backends("infini_attention") == ("reference", "torch")
 
 
 @pytest.mark.parametrize(
