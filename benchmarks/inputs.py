@@ -20,6 +20,7 @@ from benchmarks.rows import DTYPES, Options, Work
 from zoo.ops.softmax_attention import Pattern
 
 STATE_SIZE, TAPS, EPS = 16, 4, 1e-6
+SEGMENT = 2048  # of Infini-attention
 CACHED = {"cpu": 4096, "cuda": 32768, "quick": 32}  # keys that one token attends to
 HEADS = {"cpu": ((4, 64), (8, 128)), "cuda": ((32, 64), (16, 128), (8, 256)), "quick": ((2, 16),)}
 CHANNELS = {"cpu": (512, 1536), "cuda": (2048, 4096), "quick": (32,)}
@@ -35,6 +36,7 @@ VARIANTS = {
     "softmax_attention": (None, "window", "sinks", "strided+random", "softcap"),  # as the op tells its kinds apart
     "interval_attention": (None,),  # to blocks that end before the query, the compressed tier of NSA
     "landmark_attention": (None, "top_k"),
+    "infini_attention": ("linear", "delta"),
 }
 LANDMARK_BLOCK, LANDMARK_TOP_K = 63, 4  # with the landmark, 64 tokens
 
@@ -211,6 +213,22 @@ def _block_sparse_attention(case: Case, shape: Shape, random: Random, wide: Rand
     return tensors, fixed, 4 * int(seen.sum()) * (heads // kv_heads) * width
 
 
+def _infini_attention(case: Case, shape: Shape, random: Random, wide: Random) -> Made:
+    """Segments as long as the paper's, or of a sixteenth of a short text."""
+    batch, length, heads, width = shape.batch, shape.length, case.heads, case.width
+    kv_heads, segment = max(1, heads // 2), max(1, min(SEGMENT, length // 16))
+    tensors = {"q": random(batch, length, heads, width)}
+    tensors |= {name: random(batch, length, kv_heads, width) for name in ("k", "v")}
+    tensors |= {"gate": wide(heads)}
+    complete, rest = divmod(length, segment)
+    pairs = complete * (segment * (segment + 1) // 2) + rest * (rest + 1) // 2
+    products = max(0, length - segment) * heads + complete * segment * kv_heads  # of a vector with M
+    if case.variant == "delta":
+        products += max(0, complete - 1) * segment * kv_heads
+    flops = 4 * batch * pairs * heads * width + 2 * batch * products * width**2
+    return tensors, {"segment": segment, "update": case.variant}, flops
+
+
 _makers: dict[str, Callable[[Case, Shape, Random, Random], Made]] = {
     "linear_attention": _linear_attention,
     "selective_scan": _selective_scan,
@@ -220,4 +238,5 @@ _makers: dict[str, Callable[[Case, Shape, Random, Random], Made]] = {
     "softmax_attention": _softmax_attention,
     "interval_attention": _interval_attention,
     "landmark_attention": _landmark_attention,
+    "infini_attention": _infini_attention,
 }

@@ -89,6 +89,16 @@ def _(tensors: dict[str, Tensor], variant: str | None, decode: bool) -> Call | N
     return Call(call, {"q": q, "k": k, "v": v})
 
 
+@_peer("infini_attention", "sdpa")
+def _(tensors: dict[str, Tensor], variant: str | None, decode: bool) -> Call:
+    """Plain attention over everything, which is what a text is read with otherwise."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    return Call(call, {name: tensors[name].transpose(1, 2).contiguous() for name in "qkv"})
+
+
 def _as_ssd(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """linear_attention's arguments as Mamba-2's: v = dt x and log_decay = dt A with A = -1."""
     v, log_decay = tensors["v"], tensors["log_decay"]

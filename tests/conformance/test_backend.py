@@ -8,12 +8,9 @@ from tests.conformance.runs import build, chunked, forward, gradients, inputs, p
 from tests.conformance.subjects import SUBJECTS
 from zoo import ops
 from zoo.blocks.attention import Attention
-from zoo.blocks.compressive import Compressive
 from zoo.blocks.gated_delta import GatedDelta
 from zoo.blocks.hierarchical import Hierarchical
 from zoo.blocks.kda import KDA
-from zoo.blocks.landmark import Landmark
-from zoo.blocks.linformer import Linformer
 from zoo.blocks.mla import MLA
 from zoo.models import ZooModel
 
@@ -21,7 +18,7 @@ LENGTH = 70  # two chunks
 CU_SEQLENS = torch.tensor([0, 1, 34, LENGTH], dtype=torch.int32)
 
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4}
-WITHOUT_KERNELS = {Attention, MLA, GatedDelta, KDA, Compressive, Hierarchical, Linformer}
+WITHOUT_KERNELS = {Attention, MLA, GatedDelta, KDA, Hierarchical}
 
 
 def compared(subject: str) -> list[tuple[str, torch.dtype]]:

@@ -67,9 +67,10 @@ class _Memories:
         self.m, self.z, self.gate, self.delta = m, z, gate, delta
         self.empty = empty  # all of them are; a memory by itself is where its z is 0
 
-    def document(self, i: int) -> _Memories:
-        """Those of one document."""
-        return _Memories(self.m[i : i + 1], self.z[i : i + 1], self.gate, self.delta, self.empty)
+    def documents(self) -> list[_Memories]:
+        """Of each document its own."""
+        pairs = zip(self.m.split(1), self.z.split(1), strict=True)
+        return [_Memories(m, z, self.gate, self.delta, self.empty) for m, z in pairs]
 
     def run(
         self,
@@ -83,14 +84,17 @@ class _Memories:
     ) -> Tensor:
         """Read and write segment by segment. `tokens` `[B]` says how many keys of each row are real, its first ones;
         the others are zeros."""
-        length, key_length = q_mem.shape[1], k_mem.shape[1]
-        past, outs = key_length - length, []
-        for start in range(0, key_length, segment):
-            end = min(start + segment, key_length)
-            queries, keys = slice(max(start - past, 0), end - past), slice(start, end)
-            outs.append(self.read(local[:, queries], q_mem[:, queries]))
-            if end - start == segment and (end < key_length or write_last):
-                self.write(k_mem[:, keys], v[:, keys], None if tokens is None else tokens >= end)
+        key_length = k_mem.shape[1]
+        past = key_length - q_mem.shape[1]
+        ends = [*range(segment, key_length, segment), key_length]
+        # Not slices, whose gradients are as long as the whole: each would cost what all segments do.
+        keys, values = (_split(x, ends) for x in (k_mem, v))
+        queries, locals_ = (_split(x, [end - past for end in ends]) for x in (q_mem, local))
+        outs = []
+        for end, own_local, own_q, own_k, own_v in zip(ends, locals_, queries, keys, values, strict=True):
+            outs.append(self.read(own_local, own_q))
+            if own_k.shape[1] == segment and (end < key_length or write_last):
+                self.write(own_k, own_v, None if tokens is None else tokens >= end)
         return torch.cat(outs, 1)
 
     def read(self, local: Tensor, q_mem: Tensor) -> Tensor:
@@ -129,6 +133,11 @@ class _Memories:
         return features @ self.m / torch.where(self._filled()[..., None], norm, 1)
 
 
+def _split(x: Tensor, ends: list[int]) -> tuple[Tensor, ...]:
+    """x `[B,t,...]` cut at `ends`."""
+    return x.split([end - start for start, end in pairwise([0, *ends])], 1)
+
+
 def _by_head(x: Tensor, memories: int) -> Tensor:
     """`[B,t,H,D]` as `[B,N,t*H/N,D]`, the heads of a token side by side."""
     return x.unflatten(2, (memories, -1)).transpose(1, 2).flatten(2, 3)
@@ -165,11 +174,11 @@ def _documents(
     local = softmax_attention(
         q, k, v, cu_seqlens=torch.tensor([*starts, bounds[-1]], dtype=torch.int32, device=q.device)
     )
-    outs, ends = [], [memories.document(i) for i in range(len(bounds) - 1)]
-    for (start, end), own in zip(pairwise(bounds), ends, strict=True):
-        if start < end:
-            now = slice(start, end)
-            outs.append(own.run(local[:, now], q_mem[:, now], k_mem[:, now], v[:, now], segment, write_last))
+    outs, ends = [], memories.documents()
+    parts = zip(*(_split(x, bounds[1:]) for x in (local, q_mem, k_mem, v)), strict=True)
+    for (own_local, own_q, own_k, own_v), own in zip(parts, ends, strict=True):
+        if own_q.shape[1]:
+            outs.append(own.run(own_local, own_q, own_k, own_v, segment, write_last))
     out = torch.cat(outs, 1).to(q.dtype)
     return out, torch.cat([own.m for own in ends]), torch.cat([own.z for own in ends])
 
