@@ -35,8 +35,8 @@ from benchmarks.rows import DTYPES, Options
 STATEFUL = ("linear_attention", "selective_scan", "causal_conv1d")
 WITH_LSE = ("softmax_attention", "interval_attention")
 # A token sees all before it, and no state carries them.
-WHOLE = (*WITH_LSE, "landmark_attention", "block_sparse_attention")
-PACKED = (*STATEFUL, "softmax_attention")
+WHOLE = (*WITH_LSE, "landmark_attention", "block_sparse_attention", "infini_attention")
+PACKED = (*STATEFUL, "softmax_attention", "infini_attention")
 WITHOUT_KERNELS = ("top_k",)
 LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}  # float32 multiplied in TF32 would be off by 3e-4
 MIN_KEYS = 1100  # that one token attends to

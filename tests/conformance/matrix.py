@@ -58,8 +58,8 @@ GAPS = {
 LIMITS = (
     *(f"no row has the {role} `{kind}`: {why}." for (role, kind), why in ELSEWHERE.items()),
     "backend: on the CPU: `torch`, and `triton` interpreted, in float32, for the subjects without softmax attention, "
-    "the delta rule, hierarchical or interval attention (compressive, linformer) or train_top_k, which have no kernel "
-    "of ours yet. `library` needs a GPU (benchmarks/gpu_suite.py).",
+    "the delta rule, hierarchical attention or train_top_k, whose kernels do not exist or have tests of their own. "
+    "`library` needs a GPU (benchmarks/gpu_suite.py).",
     "compile: aot_eager for every subject and inductor for one, without packed documents (the ops compile with them, "
     "but for infini_attention, which reads their bounds on the CPU).",
     "precision: a mixer is run once over the 16,384 tokens; a row with ok has the mixers of rows above.",

@@ -11,6 +11,7 @@ from zoo.blocks.attention import Attention
 from zoo.blocks.gated_delta import GatedDelta
 from zoo.blocks.hierarchical import Hierarchical
 from zoo.blocks.kda import KDA
+from zoo.blocks.landmark import Landmark
 from zoo.blocks.mla import MLA
 from zoo.models import ZooModel
 
