@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Installed again whenever what is to be installed changes.
 READY := $(VENV)/.ready
 
-.PHONY: train test lint conformance parity benchmarks long-context stream clean
+.PHONY: train test lint conformance parity benchmarks long-context stream recall clean
 
 train: $(READY)
 	$(BIN)/python train.py fit --config $(CONFIG)
@@ -39,6 +39,10 @@ long-context: $(READY)
 # 100,000 tokens one by one: memory stays, logits are finite.
 stream: $(READY)
 	for verb in stream report; do $(BIN)/python -m benchmarks $$verb || exit 1; done
+
+# docs/blocks/recall.md: trains the models that have no result in benchmarks/results/recall yet.
+recall: $(READY)
+	$(BIN)/python -m benchmarks.recall
 
 # torch first and alone: with no torch installed, another package's range would pull the CUDA build.
 $(READY): pyproject.toml constraints.txt

@@ -181,10 +181,17 @@ def path(folder: Path, name: str, seed: int) -> Path:
     return folder / f"{machine.slug(name)}-{seed}.json"
 
 
-def is_done(folder: Path, study: Study, name: str, seed: int) -> bool:
-    """Whether the file of a run is there, and of the same run."""
+def read(folder: Path, study: Study, name: str, seed: int) -> Result | None:
+    """The result of a run; None where there is none, or only that of another run."""
     file, wanted = path(folder, name, seed), given(study, name, seed)
-    return file.exists() and wanted.items() <= json.loads(file.read_text()).items()
+    result = json.loads(file.read_text()) if file.exists() else {}
+    return result if wanted.items() <= result.items() else None
+
+
+def read_all(folder: Path, study: Study) -> list[Result]:
+    """Those there are, mixer by mixer."""
+    found = (read(folder, study, name, seed) for name in study.mixers for seed in range(SEEDS))
+    return [result for result in found if result is not None]
 
 
 _steps: Any = None  # shared among processes: how many steps each run has made
@@ -210,7 +217,7 @@ def _work(study: Study, name: str, seed: int, place: int, folder: Path) -> Resul
 def run_all(study: Study, runs: Sequence[tuple[str, int]], folder: Path) -> None:
     """Those of `runs` (name and seed) that have no result, one on each core."""
     console = Console(highlight=False)
-    missing = [each for each in runs if not is_done(folder, study, *each)]
+    missing = [each for each in runs if read(folder, study, *each) is None]
     console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are done already")
     context = multiprocessing.get_context("spawn")
     steps = context.Array("i", len(missing))
@@ -247,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     names = [options.only] if options.only else list(study.mixers)
     run_all(study, [(name, seed) for seed in range(SEEDS) for name in names], options.results)
-    print("wrote", recall_report.write(recall_report.read(options.results), options.docs))
+    print("wrote", recall_report.write(read_all(options.results, study), options.docs))
 
 
 if __name__ == "__main__":

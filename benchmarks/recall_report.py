@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,41 +19,45 @@ from benchmarks.report import DOCS, table
 DOCS = DOCS / "blocks"
 FILE = "recall.md"
 COLORS = {
-    "window": "#888888", "landmark": "#d9822b", "hierarchical": "#1f6fb4", "infini": "#3f9b5b", "infini delta": "#8a5fb4"
+    "window": "#888888", "landmark": "#d9822b", "hierarchical": "#1f6fb4", "infini": "#3f9b5b",
+    "infini delta": "#8a5fb4",
 }  # fmt: skip
 Result = dict[str, Any]
 
 INTRODUCTION = """# Recall beyond the window
 
-What small models learn to find in noise. Written by `make recall` from the files in `benchmarks/results/recall`, which
-it makes first (about {minutes} minutes on two CPU cores); `benchmarks/recall.py` is the study, `zoo/data/recall.py` the
-task.
+What small models learn to find in noise. `make recall` trains them (about {minutes} minutes on two CPU cores, if
+nothing else runs) and writes this page from their results in `benchmarks/results/recall`. The study is
+`benchmarks/recall.py`, the task `zoo/data/recall.py`.
 
-A mark and a key of {key_length} symbols stand in noise of the same {symbols} symbols. `distance` tokens after each
-symbol of the key, the model has to say it; whoever cannot see the key is right about one symbol in {symbols}
-({chance}). All models have two layers of window attention (`window: {window}`) below and differ in the mixer of the
-layer above; recipe, steps and seeds are the same. Training distances grow to {farthest}, which is {times} times the
-window; farther ones are extrapolation. `window` is the control: through its three layers it sees {reach} tokens back.
+A key of {key_length} symbols behind a mark stands in noise of the same {symbols} symbols. Another mark asks for it, so
+that each symbol has to be said `distance` tokens after it stood there. Who cannot see the key is right about one symbol
+in {symbols} ({chance:.1%}). All models have two layers of window attention (`window: {window}`) and one of the mixer in
+question, whose window, block or segment is {window} too; recipe, steps and seeds are the same. Training asks at
+distances up to {farthest}, which is {times} times the window; what is farther is extrapolation. `window` is the
+control: its three layers together see {reach} tokens back.
 
 ![recall](recall.png)
 """
-TABLE = """
-## {title}
+SYMBOLS = """
+## Symbols right, by distance
 
-{text}
-
+Mean of all seeds. The symbols of the key before the one in question are given. {keys} keys at each distance and seed.
 """
-SYMBOLS = "Mean of all seeds, at each distance. Greedy, given the symbols before; {keys} keys each."
-KEYS = "All {key_length} symbols right: mean of all seeds, and the worst in brackets."
-CACHE = """`landmark, top_k 2` is the same model reading through its cache: each head of a token then reads its own block
-and two others, at stingy positions."""
-GATES = "The share of the memory in each head, at the start 0.5, after the last step."
+KEYS = """
+## Whole keys right, by distance
 
+Mean of all seeds, and the worst seed in brackets.
+"""
+CACHE = """
+`landmark, top_k 2` is the same landmark models reading through their cache: each head of a token then reads its own
+block and two others, at stingy positions.
+"""
+GATES = """
+## Infini's gates
 
-def read(folder: Path) -> list[Result]:
-    """All results, mixer by mixer in the order of COLORS."""
-    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    return sorted(found, key=lambda result: (list(COLORS).index(result["mixer"]), result["seed"]))
+The share of the memory in each head after the last step; 0.5 at the start.
+"""
 
 
 def write(results: list[Result], docs: Path = DOCS) -> Path:
@@ -70,38 +73,28 @@ def write(results: list[Result], docs: Path = DOCS) -> Path:
 def page(results: list[Result]) -> str:
     """The whole page."""
     study, series = results[0]["study"], by_series(results)
-    window, symbols = study["window"], study["symbols"]
-    parts = [
-        INTRODUCTION.format(
-            **study,
-            minutes=round(sum(result["cpu_seconds"]["all"] for result in results) / 2 / 60),
-            chance=f"{1 / symbols:.1%}",
-            times=study["farthest"] // window,
-            reach=3 * (window - 1),
-        )
-    ]
-    distances = study["distances"]
-    head = ("mixer", "seeds", *(f"{distance:,}" for distance in distances))
-    for title, text, score in (
-        ("Symbols right, by distance", SYMBOLS.format(**study), "symbols"),
-        ("Whole keys right, by distance", f"{KEYS.format(**study)} {CACHE}", "keys"),
-    ):
+    minutes = sum(result["cpu_seconds"]["all"] for result in results) / 2 / 60
+    times = study["farthest"] // study["window"]
+    parts = [INTRODUCTION.format(**results[0], **study, minutes=round(minutes), times=times)]
+    head = ("mixer", "seeds", *(f"{distance:,}" for distance in study["distances"]))
+    for text, score in ((SYMBOLS, "symbols"), (KEYS, "keys")):
         lines = []
         for name, curves in series.items():
-            cells = []
-            for found in zip(*curves, strict=True):
-                shares = [each[score] for each in found]
-                worst = f" ({min(shares):.1%})" if score == "keys" else ""
-                cells.append(f"{sum(shares) / len(shares):.1%}{worst}")
+            shares = [[each[score] for each in found] for found in zip(*curves, strict=True)]
+            cells = [f"{sum(found) / len(found):.1%}" for found in shares]
+            if score == "keys":
+                cells = [f"{cell} ({min(found):.1%})" for cell, found in zip(cells, shares, strict=True)]
             lines.append((name, str(len(curves)), *cells))
-        parts.append(TABLE.format(title=title, text=text) + table(head, lines))
+        parts.append(text.format(**study) + table(head, lines))
+    if any("cache" in result["recall"] for result in results):
+        parts.append(CACHE)
     lines = [
         (result["mixer"], str(result["seed"]), *(f"{gate:.2f}" for gate in result["history"]["gates"][-1]))
         for result in with_gates(results)
     ]
     if lines:
         heads = (f"head {i}" for i in range(len(lines[0]) - 2))
-        parts.append(TABLE.format(title="Infini's gates", text=GATES) + table(("mixer", "seed", *heads), lines))
+        parts.append(GATES + table(("mixer", "seed", *heads), lines))
     return "".join(parts)
 
 
@@ -121,60 +114,37 @@ def with_gates(results: Sequence[Result]) -> list[Result]:
 def draw(results: Sequence[Result]) -> Figure:
     """Recall against the distance, Infini's against the number of compressions, and its gates in training."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    study = results[0]["study"]
-    window, farthest, chance = study["window"], study["farthest"], 1 / study["symbols"]
+    study, reach, chance = results[0]["study"], results[0]["reach"], results[0]["chance"]
+    window = study["window"]
+    beyond = [distance for distance in study["distances"] if distance >= window]
     for name, curves in by_series(results).items():
         mixer, _, is_cached = name.partition(",")
+        color, shares = COLORS[mixer], [[each["symbols"] for each in curve] for curve in curves]
+        of_seeds = list(zip(*shares, strict=True))
+        mean = [sum(each) / len(each) for each in of_seeds]
         style = "--" if is_cached else "-"
-        distances = [each["distance"] for each in curves[0]]
-        shares = list(zip(*([each["symbols"] for each in curve] for curve in curves), strict=True))
-        mean = [sum(each) / len(each) for each in shares]
-        left.plot(distances, mean, style, marker=".", color=COLORS[mixer], label=name)
-        left.fill_between(
-            distances, *zip(*((min(x), max(x)) for x in shares), strict=True), color=COLORS[mixer], alpha=0.2, lw=0
-        )
+        left.plot(study["distances"], mean, style, marker=".", color=color, label=name)
+        lowest, highest = zip(*((min(each), max(each)) for each in of_seeds), strict=True)
+        left.fill_between(study["distances"], lowest, highest, color=color, alpha=0.2, lw=0)
         if mixer.startswith("infini"):
-            for i, curve in enumerate(curves):
-                far = [each for each in curve if each["distance"] >= window]
-                compressions = [each["distance"] // window for each in far]
-                label = name if i == 0 else None
-                middle.plot(
-                    compressions, [each["symbols"] for each in far], marker=".", color=COLORS[mixer], label=label
-                )
-    _recall_axes(left, "symbols right against the distance, mean and range of the seeds", study["distances"], chance)
-    left.axvline(3 * (window - 1), color=COLORS["window"], lw=1, ls=":")
-    left.annotate(
-        "windows end",
-        (3 * (window - 1), 0.5),
-        (-3, 0),
-        textcoords="offset points",
-        rotation=90,
-        ha="right",
-        va="center",
-        fontsize=8,
-        color="0.4",
-    )
-    times = [distance // window for distance in study["distances"] if distance >= window]
-    _recall_axes(middle, "infini: symbols right against compressions, each seed", times, chance)
-    for axes, edge in ((left, farthest), (middle, farthest / window)):
-        axes.axvline(edge, color="black", lw=1, ls=":")
-        axes.annotate(
-            "longest in training",
-            (edge, 0.5),
-            (-3, 0),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="center",
-            fontsize=8,
-        )
+            compressions = [distance / window for distance in beyond]
+            for seed, each in enumerate(shares):
+                label = name if seed == 0 else None
+                middle.plot(compressions, each[-len(beyond) :], marker=".", color=color, label=label)
     for result in with_gates(results):
         for head, gates in enumerate(zip(*result["history"]["gates"], strict=True)):
             label = result["mixer"] if head == result["seed"] == 0 else None
-            right.plot(range(1, len(gates) + 1), gates, color=COLORS[result["mixer"]], lw=1, alpha=0.6, label=label)
+            right.plot(gates, color=COLORS[result["mixer"]], lw=1, alpha=0.6, label=label)
+    _recall_axes(left, study["distances"], chance, study["farthest"])
+    _mark(left, reach, "the windows end", "0.4")
+    left.set_title("symbols right, mean and range of the seeds", fontsize=10, loc="left")
+    left.set_xlabel("tokens from a symbol to the question for it")
+    _recall_axes(middle, [distance // window for distance in beyond], chance, study["farthest"] / window)
+    middle.set_title("infini: symbols right, each seed", fontsize=10, loc="left")
+    middle.set_xlabel("compressions from a symbol to the question for it")
     right.axhline(0.5, color="black", lw=1, ls=":")
-    right.set_title("infini: the gate of each head and seed in training", fontsize=10, loc="left")
-    right.set_xlabel("step")
+    right.set_title("infini: the gate of each head and seed", fontsize=10, loc="left")
+    right.set_xlabel("training step")
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
@@ -182,16 +152,21 @@ def draw(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def _recall_axes(axes: Axes, title: str, ticks: Sequence[int], chance: float) -> None:
-    axes.set_title(title, fontsize=10, loc="left")
+def _recall_axes(axes: Axes, ticks: Sequence[int], chance: float, farthest: float) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_ylim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.04)
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
-    axes.axhline(chance, color="black", lw=1)
-    axes.annotate("chance", (ticks[0], chance), (0, 3), textcoords="offset points", fontsize=8)
-    axes.set_xlabel(
-        "tokens between a symbol and the question for it" if chance and ticks[0] > 1 else "segments between"
-    )
     axes.grid(axis="y", alpha=0.2)
+    axes.axhline(chance, color="black", lw=1)
+    axes.annotate("chance", (ticks[-1], chance), (0, 3), textcoords="offset points", fontsize=8, ha="right")
+    _mark(axes, farthest, "longest in training", "black")
+
+
+def _mark(axes: Axes, x: float, text: str, color: str) -> None:
+    axes.axvline(x, color=color, lw=1, ls=":")
+    axes.annotate(
+        text, (x, 0.3), (-3, 0), textcoords="offset points", rotation=90, ha="right", va="center", fontsize=8,
+        color=color,
+    )  # fmt: skip
