@@ -35,6 +35,7 @@ from zoo.train.schedules import make_schedule
 
 RESULTS = machine.RESULTS / "recall"
 SEEDS = 3
+EVERY = 10  # steps from one record of the loss and the gates to the next
 CHUNK = 2**14  # tokens evaluated at once
 HELD_OUT = 2**31  # the seed of examples that no training reads
 Result = dict[str, Any]
@@ -127,7 +128,8 @@ def run(study: Study, name: str, seed: int, advance: Callable[[], None] = lambda
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        history.append({"loss": machine.rounded(loss.item())} | gates(model))
+        if (step + 1) % EVERY == 0 or step + 1 == study.steps:
+            history.append({"step": step + 1, "loss": machine.rounded(loss.item())} | gates(model))
         advance()
     trained = time.process_time() - start
     recall = {"forward": recall_by_distance(study, model, use_cache=False)}

@@ -132,9 +132,10 @@ def draw(results: Sequence[Result]) -> Figure:
                 label = name if seed == 0 else None
                 middle.plot(compressions, each[-len(beyond) :], marker=".", color=color, label=label)
     for result in with_gates(results):
-        for head, gates in enumerate(zip(*result["history"]["gates"], strict=True)):
+        history = result["history"]
+        for head, gates in enumerate(zip(*history["gates"], strict=True)):
             label = result["mixer"] if head == result["seed"] == 0 else None
-            right.plot(gates, color=COLORS[result["mixer"]], lw=1, alpha=0.6, label=label)
+            right.plot(history["step"], gates, color=COLORS[result["mixer"]], lw=1, alpha=0.6, label=label)
     _recall_axes(left, study["distances"], chance, study["farthest"])
     _mark(left, reach, "the windows end", "0.4")
     left.set_title("symbols right, mean and range of the seeds", fontsize=10, loc="left")

@@ -24,8 +24,9 @@ def test_a_mixer_learns_to_recall_from_beyond_its_window(name):
         ["forward", "cache"] if name == "landmark" else ["forward"], True
     )
     if name == "infini":
-        gates = result["history"]["gates"]
-        assert len(gates) == SMALL.steps and all(abs(gate - 0.5) > 0.01 for gate in gates[-1])
+        history = result["history"]
+        assert history["step"] == list(range(recall.EVERY, SMALL.steps + 1, recall.EVERY))
+        assert all(abs(gate - 0.5) > 0.01 for gate in history["gates"][-1])
 
 
 def test_the_control_does_not():
@@ -73,7 +74,7 @@ def results():
     def one(name, seed, shares):
         curve = [{"distance": d, "symbols": x, "keys": x / 2} for d, x in zip((16, 32), shares, strict=True)]
         found = recall.given(SMALL, name, seed) | {"cpu_seconds": {"all": 240}, "recall": {"forward": curve}}
-        found["history"] = {"loss": [2.0, 1.0]}
+        found["history"] = {"step": [1, 2], "loss": [2.0, 1.0]}
         if name == "infini":
             found["history"]["gates"] = [[0.5, 0.5], [0.61, 0.38]]
         return json.loads(json.dumps(found))
