@@ -128,14 +128,11 @@ def draw(results: Sequence[Result]) -> Figure:
         left.fill_between(study["distances"], lowest, highest, color=color, alpha=0.2, lw=0)
         if mixer.startswith("infini"):
             compressions = [distance / window for distance in beyond]
-            for seed, each in enumerate(shares):
-                label = name if seed == 0 else None
-                middle.plot(compressions, each[-len(beyond) :], marker=".", color=color, label=label)
+            for each in shares:
+                middle.plot(compressions, each[-len(beyond) :], marker=".", color=color)
     for result in with_gates(results):
         history = result["history"]
-        for head, gates in enumerate(zip(*history["gates"], strict=True)):
-            label = result["mixer"] if head == result["seed"] == 0 else None
-            right.plot(history["step"], gates, color=COLORS[result["mixer"]], lw=1, alpha=0.6, label=label)
+        right.plot(history["step"], history["gates"], color=COLORS[result["mixer"]], lw=1, alpha=0.6)
     _recall_axes(left, study["distances"], chance, study["farthest"])
     _mark(left, reach, "the windows end", "0.4")
     left.set_title("symbols right, mean and range of the seeds", fontsize=10, loc="left")
@@ -148,8 +145,7 @@ def draw(results: Sequence[Result]) -> Figure:
     right.set_xlabel("training step")
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=6)
     return figure
 
 
