@@ -113,7 +113,7 @@ def visible(layout: Any, batch: int, length: int, key_length: int) -> Tensor:
             seen &= layout.is_real[row % len(layout.is_real)]
         assert not seen[layout.near :, :, : layout.far[0]].any() and not seen[layout.near :, :, layout.far[1] :].any()
         placed = torch.zeros(seen.shape[1], key_length, dtype=torch.int64).index_add_(1, own, seen.long().sum(0))
-        if layout.is_monotone:
+        if layout.in_order:
             for begin, end in zip(first[: layout.near, :, 0], stop[: layout.near, :, 0], strict=True):
                 some = begin < end
                 assert (begin[some].diff() >= 0).all() and (end[some].diff() >= 0).all()

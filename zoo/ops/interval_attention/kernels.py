@@ -24,6 +24,7 @@ or BN keys.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ def interval_attention(
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` as the public function documents them."""
     first, stop = (x.clamp(0, k.shape[1]).int()[None] for x in (first, stop))
-    return attend(q, k, v, first, stop, scale=scale, is_monotone=False)
+    return attend(q, k, v, first, stop, scale=scale, in_order=False)
 
 
 def attend(
@@ -73,7 +74,7 @@ def attend(
     is_real: Tensor | None = None,
     near: int = 1,
     far: tuple[int, int] = (0, 0),
-    is_monotone: bool = True,
+    in_order: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`(out [B, T, H, V], lse [B, T, H])` of the keys in a query's intervals, which share none.
 
@@ -81,15 +82,15 @@ def attend(
     is_real      bool `[B, S]`, or `[1, S]`, False for a key that nobody sees
     near         the slots from this one on hold only keys from far[0] to before far[1]: a few that many queries see,
                  who are therefore shared out among several programs
-    is_monotone  that the intervals of a near slot move on with the queries; otherwise it is looked at for every tile
-                 of queries whether it sees a tile of keys
+    in_order     that the intervals of a near slot move on with the queries; otherwise the GPU finds out whether they
+                 do, and where they do not, looks at every tile of queries whether it sees a tile of keys
     """
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     tensors = q.to(dtype), k.to(dtype), v.to(dtype)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     # Calling an operator takes longer than a token's kernel, so decoding goes without.
     call = _operator if differentiable or torch.compiler.is_compiling() else _forward
-    out, lse = call(*tensors, first, stop, is_real, scale, softcap, near, list(far), is_monotone)
+    out, lse = call(*tensors, first, stop, is_real, scale, softcap, near, list(far), in_order)
     return out.to(q.dtype), lse
 
 
@@ -429,8 +430,9 @@ def _key_kernel(
     stop,
     is_real,  # [B or 1, S] or None
     spans,  # [4, R, B or 1, tiles]
-    seen_from,  # [R, B or 1, key_tiles]: the first tile of rows that may see a tile of keys,
+    seen_from,  # [slot_to - slot_from, B or 1, key_tiles]: the first tile of rows that may see a tile of keys,
     seen_to,  # and the end of those
+    in_order,  # [1], whether all of those do; None if that is known
     lse,  # [B, T, H], dense
     d_out,  # [B, T, H, V]
     delta,  # [B, T, H], dense
@@ -470,10 +472,14 @@ def _key_kernel(
     BD: tl.constexpr,
     BV: tl.constexpr,
     PRECISION: tl.constexpr,
-    MONOTONE: tl.constexpr,
+    IN_ORDER: tl.constexpr,
     FOR_K: tl.constexpr,
     FOR_V: tl.constexpr,
 ):
+    # Only in a loop without a condition does the compiler load ahead, so there is a launch for either case.
+    if in_order is not None:  # noqa: SIM102  (Triton settles only an `if` of its own when it compiles)
+        if (tl.load(in_order) != 0) != IN_ORDER:
+            return
     tile, batch, kv_head = _place(key_tiles, K)
     start = key_from + tile * BN
     key = start + tl.arange(0, BN)
@@ -490,13 +496,14 @@ def _key_kernel(
     d_v_acc = tl.zeros([BV, BN], tl.float32)
     for r in range(slot_from, slot_to):
         line = r * bounds_rows + batch % bounds_rows
-        low = tl.load(seen_from + line * key_tiles + tile)
-        high = tl.load(seen_to + line * key_tiles + tile)
+        seen = (line - slot_from * bounds_rows) * key_tiles + tile
+        low = tl.load(seen_from + seen)
+        high = tl.load(seen_to + seen)
         low, high = _part(low, high, 1)
         for i in range(low, high):
             span = spans + line * tiles + i
             sees = True
-            if not MONOTONE:
+            if not IN_ORDER:
                 sees = (tl.load(span) < start + BN) & (tl.load(span + number) > start)
             if sees:
                 inside, token, shared = _rows(i, length, G, BM)
@@ -589,7 +596,7 @@ def _forward(
     softcap: float | None,
     near: int,
     far: list[int],
-    is_monotone: bool,
+    in_order: bool,
 ) -> tuple[Tensor, Tensor]:
     call = _Call(q, k, v, first, stop, is_real)
     rows, keys = call.tiles.forward
@@ -643,7 +650,7 @@ def _backward(
     softcap: float | None,
     near: int,
     far: list[int],
-    is_monotone: bool,
+    in_order: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     call = _Call(q, k, v, first, stop, is_real)
@@ -687,10 +694,10 @@ def _backward(
         call.first, call.stop, spans, call.length, tiles, G=call.shared, BM=rows, num_warps=1
     )
     slots = len(first)
-    groups = [(0, min(near, slots), 0, call.key_length, 1, is_monotone)]
+    groups = [(0, min(near, slots), 0, call.key_length, 1, in_order)]
     if near < slots:
         groups.append((near, slots, far[0], far[1] - far[0], max(1, tiles // MIN_TILES), True))
-    for slot_from, slot_to, key_from, number, parts, in_order in groups:
+    for slot_from, slot_to, key_from, number, parts, is_ordered in groups:
         key_tiles = triton.cdiv(number, keys)
         parts = min(parts, max(1, PROGRAMS // call.grid(key_tiles)[0]))
         d_keys, d_values = d_k[None], d_v[None]
@@ -699,8 +706,13 @@ def _backward(
                 torch.empty(parts, x.shape[0], number, *x.shape[2:], dtype=torch.float32, device=x.device)
                 for x in (k, v)
             )
+        *seen, flag = _seen_by(spans[:, slot_from:slot_to], key_from, keys, key_tiles)
+        launches = [(flag, True), (flag, False)]
+        if is_ordered:
+            launches = [(None, True)]
         # Beyond 128 the registers do not hold both sums.
-        for for_k, for_v in ((True, True),) if call.options["BD"] <= 128 else ((True, False), (False, True)):
+        sums = [(True, True)] if call.options["BD"] <= 128 else [(True, False), (False, True)]
+        for (flag, ordered), (for_k, for_v) in product(launches, sums):
             _key_kernel[*call.grid(key_tiles), parts](
                 call.q,
                 call.k,
@@ -709,7 +721,8 @@ def _backward(
                 call.stop,
                 call.is_real,
                 spans,
-                *_seen_by(spans, key_from, keys, key_tiles),
+                *seen,
+                flag,
                 lse,
                 d_out,
                 delta,
@@ -731,7 +744,7 @@ def _backward(
                 **call.options,
                 BM=rows,
                 BN=keys,
-                MONOTONE=in_order,
+                IN_ORDER=ordered,
                 FOR_K=for_k,
                 FOR_V=for_v,
             )
@@ -741,16 +754,17 @@ def _backward(
     return d_q, d_k, d_v
 
 
-def _seen_by(spans: Tensor, key_from: int, keys: int, key_tiles: int) -> tuple[Tensor, Tensor]:
-    """`[R, B or 1, key_tiles]` int32: which tiles of rows, from one to before another, may see each tile of keys. Where
-    the spans ascend, these are those that do."""
+def _seen_by(spans: Tensor, key_from: int, keys: int, key_tiles: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`[R, B or 1, key_tiles]` int32, twice: the tiles of rows, from one to before another, that may see each tile of
+    keys; and `[1]` int32, whether all of them do, as the spans are in order."""
     low, high = spans[0], spans[1]
     begins = key_from + keys * torch.arange(key_tiles, dtype=low.dtype, device=low.device)
     begins = begins.expand(*low.shape[:2], -1).contiguous()
     furthest = high.cummax(-1).values  # of the tiles of rows up to this one
-    nearest = low.flip(-1).cummin(-1).values.flip(-1)  # of those from this one on
+    nearest = low.flip(-1).cummin(-1).values.flip(-1).contiguous()  # of those from this one on
     start = torch.searchsorted(furthest, begins, right=True, out_int32=True)
-    return start, torch.searchsorted(nearest.contiguous(), begins + keys, out_int32=True)
+    stop = torch.searchsorted(nearest, begins + keys, out_int32=True)
+    return start, stop, ((low >= high) | ((furthest == high) & (nearest == low))).all().int()[None]
 
 
 _operator = torch.library.custom_op("zoo::interval_attention_triton_forward", _forward, mutates_args=())
@@ -770,13 +784,13 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.softcap, ctx.near, ctx.far, ctx.is_monotone = inputs
+    *tensors, ctx.scale, ctx.softcap, ctx.near, ctx.far, ctx.in_order = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
 
 def _differentiate(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
-    options = ctx.scale, ctx.softcap, ctx.near, ctx.far, ctx.is_monotone
+    options = ctx.scale, ctx.softcap, ctx.near, ctx.far, ctx.in_order
     return *_backward_operator(d_out, d_lse, *ctx.saved_tensors, *options), *[None] * 8
 
 

@@ -35,7 +35,7 @@ class Intervals(NamedTuple):
     keys         int64 `[B, S']`, the key that stands there; None as they are
     near         how many slots come before the far ones
     far          `(start, stop)`, where the keys of the far slots stand
-    is_monotone  that in every near slot the intervals move on with the queries
+    in_order     that in every near slot the intervals move on with the queries
     """
 
     first: Tensor
@@ -46,7 +46,7 @@ class Intervals(NamedTuple):
     keys: Tensor | None = None
     near: int = 1
     far: tuple[int, int] = (0, 0)
-    is_monotone: bool = True
+    in_order: bool = True
 
 
 def as_they_stand(
@@ -128,7 +128,7 @@ def laid_out(
     first, stop = (torch.stack(x) for x in zip(*bounds, strict=True))
     stop = torch.where(real, stop, 0)
     keys = None if len(parts) == 1 and documents.is_sorted else torch.cat(parts, 1)
-    layout = Intervals(first.int(), stop.int(), is_real, keys=keys, near=near, far=(far, size), is_monotone=near == 1)
+    layout = Intervals(first.int(), stop.int(), is_real, keys=keys, near=near, far=(far, size), in_order=near == 1)
     if pattern.random_blocks:
         return _by_blocks(layout, documents, length, pattern.block_size, tokens)
     if pattern.dilation > 1:

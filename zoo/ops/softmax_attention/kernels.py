@@ -46,7 +46,7 @@ def softmax_attention(
         is_real=layout.is_real,
         near=layout.near,
         far=layout.far,
-        is_monotone=layout.is_monotone,
+        in_order=layout.in_order,
     )
     if layout.outputs is not None:
         out, lse = _take(out, layout.outputs), _take(lse, layout.outputs)
