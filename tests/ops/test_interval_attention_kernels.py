@@ -236,13 +236,10 @@ def launch() -> None:
     JITFunction.run = keep
     for dims, dtype, softcap in (
         ((64, 64), torch.bfloat16, None),
-        ((128, 128), torch.bfloat16, None),
         ((128, 128), torch.bfloat16, 30.0),
-        ((192, 128), torch.bfloat16, None),
         ((256, 256), torch.bfloat16, None),
         ((32, 32), torch.bfloat16, None),
         ((64, 64), torch.float32, None),
-        ((128, 128), torch.float32, None),
         ((256, 256), torch.float32, None),
     ):
         q = torch.zeros(1, 128, 8, dims[0], dtype=dtype)
