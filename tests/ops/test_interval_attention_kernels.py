@@ -260,5 +260,6 @@ def test_compiles_for_an_h100() -> None:
     assert {kernel.name for kernel in compiled} == {"_forward_kernel", "_query_kernel", "_span_kernel", "_key_kernel"}
     for kernel in compiled:
         # The sums of head dims above 64 and what they are multiplied from are more than the registers hold.
-        assert kernel.shared <= aot.SHARED_LIMIT and kernel.spilled <= 640, kernel
+        # At worst those of dk at 256, for intervals in no order.
+        assert kernel.shared <= aot.SHARED_LIMIT and kernel.spilled <= 1024, kernel
         assert kernel.spilled <= 64 or kernel.shared > 64 * 1024, kernel
