@@ -707,12 +707,12 @@ def _backward(
                 for x in (k, v)
             )
         *seen, flag = _seen_by(spans[:, slot_from:slot_to], key_from, keys, key_tiles)
-        launches = [(flag, True), (flag, False)]
+        launches: list[tuple[Tensor | None, bool]] = [(flag, True), (flag, False)]
         if is_ordered:
             launches = [(None, True)]
         # Beyond 128 the registers do not hold both sums.
         sums = [(True, True)] if call.options["BD"] <= 128 else [(True, False), (False, True)]
-        for (flag, ordered), (for_k, for_v) in product(launches, sums):
+        for (asked, ordered), (for_k, for_v) in product(launches, sums):
             _key_kernel[*call.grid(key_tiles), parts](
                 call.q,
                 call.k,
@@ -722,7 +722,7 @@ def _backward(
                 call.is_real,
                 spans,
                 *seen,
-                flag,
+                asked,
                 lse,
                 d_out,
                 delta,
