@@ -58,7 +58,7 @@ GAPS = {
 LIMITS = (
     *(f"no row has the {role} `{kind}`: {why}." for (role, kind), why in ELSEWHERE.items()),
     "backend: on the CPU: `torch`, and `triton` interpreted, in float32, for the subjects without softmax attention, "
-    "the delta rule, hierarchical attention or train_top_k, whose kernels do not exist or have tests of their own. "
+    "the delta rule or hierarchical attention, whose kernels do not exist or have tests of their own. "
     "`library` needs a GPU (benchmarks/gpu_suite.py).",
     "compile: aot_eager for every subject and inductor for one, without packed documents (the ops compile with them, "
     "but for infini_attention, which reads their bounds on the CPU).",

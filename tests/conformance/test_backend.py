@@ -11,7 +11,6 @@ from zoo.blocks.attention import Attention
 from zoo.blocks.gated_delta import GatedDelta
 from zoo.blocks.hierarchical import Hierarchical
 from zoo.blocks.kda import KDA
-from zoo.blocks.landmark import Landmark
 from zoo.blocks.mla import MLA
 from zoo.models import ZooModel
 
@@ -24,10 +23,8 @@ WITHOUT_KERNELS = {Attention, MLA, GatedDelta, KDA, Hierarchical}
 
 def compared(subject: str) -> list[tuple[str, torch.dtype]]:
     """Backends and dtypes. The kernels have no float64; these mixers' ops have no kernels."""
-    modules = list(zoo.build(SUBJECTS[subject], device="meta").modules())
-    reads_few = any(isinstance(module, Landmark) and module.config.train_top_k is not None for module in modules)
-    has_none = reads_few or any(type(module) in WITHOUT_KERNELS for module in modules)
-    kernels = [] if has_none else [("triton", torch.float32)]
+    modules = {type(module) for module in zoo.build(SUBJECTS[subject], device="meta").modules()}
+    kernels = [] if modules & WITHOUT_KERNELS else [("triton", torch.float32)]
     return [("torch", torch.float64), ("torch", torch.float32), *kernels]
 
 

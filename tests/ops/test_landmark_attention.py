@@ -352,7 +352,7 @@ def test_operators_are_registered_right() -> None:
     tensors = [x.requires_grad_() for x in make(1, 20, 20)]
     arguments = (*tensors, every(5, 1, 20), 0.4, None, None)
     torch.library.opcheck(chunked._forward, arguments)
-    torch.library.opcheck(chosen._forward, (*arguments, 2))
+    torch.library.opcheck(chosen._forward, (*arguments, 2, False))
 
 
 def test_backends() -> None:

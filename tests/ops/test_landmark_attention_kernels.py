@@ -14,6 +14,7 @@ from tests.ops.helpers import DEVICE, poisoned_memory, relative_error
 from tests.ops.test_landmark_attention import DOCUMENTS, at_random, every, make
 from tests.ops.test_linear_attention_kernels import interpreter  # noqa: F401  (a fixture for every test)
 from zoo.ops import backend, landmark_attention
+from zoo.ops.landmark_attention import chosen
 
 kernels = pytest.importorskip("zoo.ops.landmark_attention.kernels")
 
@@ -104,13 +105,36 @@ def test_padded_rows_with_fewer_queries() -> None:
     check(make(3, 20, 60, (2, 1)), at_random(0.2, 3, 60), key_mask=mask)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("block", [1, 12, 32, 40])
+def test_the_best_blocks(block: int, dtype: torch.dtype) -> None:
+    """Of blocks that are a tile, and of some that are longer, which are left to PyTorch."""
+    check(make(1, 110, 110, (4, 2), (16, 24)), every(block, 1, 110), dtype, top_k=2)
+
+
+def test_the_best_blocks_of_any_sizes_in_several_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some heads at a time, lists of several tiles, and of less than one."""
+    monkeypatch.setattr(chosen, "MAX_READ", 2**12)
+    check(make(2, 90, 90, (2, 2), (5, 3)), at_random(0.2, 2, 90), top_k=3)
+    monkeypatch.setattr(chosen, "MAX_LIST", 4)
+    check(make(2, 60, 60, (2, 1), (5, 3)), at_random(0.2, 2, 60), top_k=1, scale=0.7)
+
+
+def test_the_best_blocks_of_padded_rows_and_documents() -> None:
+    mask = torch.rand(3, 60, generator=torch.Generator().manual_seed(0)) > 0.4
+    check(make(3, 20, 60, (2, 1)), at_random(0.2, 3, 60), key_mask=mask, top_k=2)
+    cu_seqlens = torch.tensor(DOCUMENTS, dtype=torch.int32)
+    check(make(1, 150, 150, (1, 1)), at_random(0.2, 1, 150), cu_seqlens=cu_seqlens, top_k=2)
+
+
 @pytest.mark.parametrize("block", [9, 40])
 @torch.no_grad()
 def test_rows_sum_to_one(block: int) -> None:
     q, k, _ = (x.to(DEVICE).float() for x in make(1, 100, 100, (2, 1)))
     with backend("triton"):
-        out = landmark_attention(q, k, torch.ones(1, 100, 1, 1, device=DEVICE), every(block, 1, 100).to(DEVICE))
-    assert (out - 1).abs().max() < 1e-6
+        for top_k in (None, 2):
+            ones, is_landmark = torch.ones(1, 100, 1, 1, device=DEVICE), every(block, 1, 100).to(DEVICE)
+            assert (landmark_attention(q, k, ones, is_landmark, top_k=top_k) - 1).abs().max() < 1e-6
 
 
 def test_logits_of_any_size() -> None:
@@ -163,8 +187,7 @@ def test_operator_contracts() -> None:
     ("shape", "dtype", "top_k", "message"),
     [
         ((1, 3, 1, 16), torch.float64, None, "float64 inputs"),
-        ((1, 3, 1, 272), torch.float32, None, "head dims above 256"),
-        ((1, 3, 1, 16), torch.float32, 2, "top_k, which has no kernel"),
+        ((1, 3, 1, 272), torch.float32, 2, "head dims above 256"),
     ],
 )
 def test_refusals(shape: tuple[int, ...], dtype: torch.dtype, top_k: int | None, message: str) -> None:
@@ -195,6 +218,8 @@ def launch() -> None:
         arguments = every(block, 1, 400), 1.0, None, None
         out, lse = kernels._forward(q, k, k, *arguments)
         kernels._backward(out, q, k, k, arguments[0], out, lse, *arguments[1:])
+        out, *saved = chosen._forward(q, k, k, *arguments, 2, True)
+        chosen._backward(out, q, k, k, arguments[0], out, *saved, *arguments[1:], True)
     for kernel in compiled:
         for line in kernel.asm["ptx"].splitlines():
             # wgmma's operands: the result's registers in braces, then the left-hand one's in braces if it has any.
@@ -203,6 +228,8 @@ def launch() -> None:
 
 def test_compiles_for_an_h100() -> None:
     compiled = aot.in_a_process(__name__, "launch")
-    assert {kernel.name for kernel in compiled} == {"_forward_kernel", "_query_kernel", "_key_kernel"}
+    assert {kernel.name for kernel in compiled} == {
+        "_forward_kernel", "_query_kernel", "_key_kernel", "_list_kernel", "_group_kernel"
+    }  # fmt: skip
     for kernel in compiled:
-        assert kernel.shared <= aot.SHARED_LIMIT and kernel.spilled <= 640, kernel
+        assert kernel.shared <= aot.SHARED_LIMIT and kernel.spilled <= 800, kernel

@@ -41,8 +41,10 @@ def landmark_attention(
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
     top_k: int,
+    fused: bool = False,
 ) -> Tensor:
-    out: Tensor = _forward(q, k, v, is_landmark, scale, cu_seqlens, key_mask, top_k)[0]
+    """`fused`: the lists by the kernels of kernels.py."""
+    out: Tensor = _forward(q, k, v, is_landmark, scale, cu_seqlens, key_mask, top_k, fused)[0]
     return out
 
 
@@ -59,6 +61,7 @@ def _forward(
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
     top_k: int,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, and `[b, T, H, R + 1]` of each query: the blocks it reads, its own last, -1 for none; their pi; their L."""
     blocks = _Blocks(q, is_landmark, cu_seqlens, key_mask)
@@ -68,14 +71,10 @@ def _forward(
     pi, lse = torch.zeros_like(logits), torch.zeros_like(logits)
     for heads in _heads(chosen, v.shape[3]):
         lists = _Lists(blocks, chosen[:, heads])
-        q_rows = queries[:, heads].flatten(0, 2)
+        q_rows = queries[:, heads].flatten(0, 2).contiguous()
         sums, read = q_rows.new_full((lists.entries + 1,), -torch.inf), q_rows.new_zeros(lists.entries + 1, v.shape[3])
         for size in lists.sizes:
-            for part in size.parts(q.shape[3] + v.shape[3]):
-                a = part.logits(part.rows_of(q_rows), part.of(keys, heads))
-                largest = a.logsumexp(-1, keepdim=True)
-                sums[part.entries] = largest[..., 0]
-                read[part.entries] = a.sub_(largest).exp_() @ part.of(values, heads)
+            _lists_by(fused, size, q_rows, keys, values).read(size, heads, q_rows, keys, values, sums, read, scale)
         shape = chosen[:, heads].shape
         each = logits[:, heads]
         each[..., -1] = sums[:-1].view(shape)[..., -1]
@@ -104,6 +103,7 @@ def _backward(
     scale: float,
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     blocks = _Blocks(q, is_landmark, cu_seqlens, key_mask)
@@ -114,7 +114,7 @@ def _backward(
     grad_q, grad_k, grad_v = torch.zeros_like(queries), *(queries.new_zeros(x.shape) for x in (keys, values))
     for heads in _heads(chosen, k.shape[3]):
         lists = _Lists(blocks, chosen[:, heads])
-        q_rows, g_rows, total = (x[:, heads].flatten(0, 2) for x in (queries, grads, totals))
+        q_rows, g_rows, total = (x[:, heads].flatten(0, 2).contiguous() for x in (queries, grads, totals))
         # An empty place has no share, and its logits are far below.
         shares = torch.cat([pi[:, heads].flatten(), pi.new_zeros(1)])
         sums = torch.cat([lse[:, heads].flatten(), lse.new_full((1,), torch.inf)])
@@ -124,28 +124,9 @@ def _backward(
                 q_rows.new_zeros(len(size.group), n)
                 for n in (size.width * q.shape[3], size.width * v.shape[3], q.shape[3])
             ]
-            for part in size.parts(2 * (q.shape[3] + v.shape[3])):
-                q_part, k_part = part.rows_of(q_rows), part.of(keys, heads)
-                share = shares[part.entries][..., None]
-                grads_part = part.rows_of(g_rows).mul_(share)
-                of_out = total[part.rows][..., None] * share
-                a = part.logits(q_part, k_part).sub_(sums[part.entries][..., None]).exp_()
-                products = (grads_part @ part.of(values, heads).mT).mul_(a)
-                if size.own:
-                    grad_logits = products.addcmul_(a, of_out, value=-1)
-                    grad_landmark = torch.zeros_like(of_out)
-                else:
-                    of_read = products.sum(-1, keepdim=True)
-                    grad_logits = products.addcmul_(a, of_read, value=-1)
-                    grad_landmark = of_read - of_out
-                read_part = grad_logits @ k_part
-                if not size.own:
-                    read_part.addcmul_(grad_landmark, part.landmarks(keys, heads))
-                read[part.entries] = read_part
-                for to, each in zip(
-                    by_group, (grad_logits.mT @ q_part, a.mT @ grads_part, grad_landmark.mT @ q_part), strict=True
-                ):
-                    part.add(to, each)
+            _lists_by(fused, size, q_rows, keys, values).differentiate(
+                size, heads, q_rows, g_rows, keys, values, shares, sums, total, read, by_group, scale
+            )
             size.hand_out(by_group[0], grad_k[:, heads])
             size.hand_out(by_group[1], grad_v[:, heads])
             if not size.own:
@@ -156,6 +137,67 @@ def _backward(
         blocks.of_keys(grad_k, k).to(k.dtype),
         blocks.of_keys(grad_v, v).to(v.dtype),
     )
+
+
+def _lists_by(fused: bool, size: _Size, q_rows: Tensor, keys: Tensor, values: Tensor) -> Any:
+    """Who reads lists and differentiates that."""
+    if fused:
+        from zoo.ops.landmark_attention import kernels
+
+        if kernels.Lists.fit(size, keys, values):
+            return kernels.Lists
+    return _InTorch
+
+
+class _InTorch:
+    @staticmethod
+    def read(
+        size: _Size, heads: slice, q_rows: Tensor, keys: Tensor, values: Tensor, sums: Tensor, read: Tensor, _: float
+    ) -> None:
+        """Of each entry the log-sum-exp into `sums`, and what it reads into `read`."""
+        for part in size.parts(keys.shape[2] + values.shape[2]):
+            a = part.logits(part.rows_of(q_rows), part.of(keys, heads))
+            largest = a.logsumexp(-1, keepdim=True)
+            sums[part.entries] = largest[..., 0]
+            read[part.entries] = a.sub_(largest).exp_() @ part.of(values, heads)
+
+    @staticmethod
+    def differentiate(
+        size: _Size,
+        heads: slice,
+        q_rows: Tensor,
+        g_rows: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        shares: Tensor,
+        sums: Tensor,
+        total: Tensor,
+        read: Tensor,
+        by_group: list[Tensor],
+        _: float,
+    ) -> None:
+        """Of each entry its part of dq into `read`, of each group its of dk, dv and dk of the landmark into zeros."""
+        for part in size.parts(2 * (keys.shape[2] + values.shape[2])):
+            q_part, k_part = part.rows_of(q_rows), part.of(keys, heads)
+            share = shares[part.entries][..., None]
+            grads_part = part.rows_of(g_rows).mul_(share)
+            of_out = total[part.rows][..., None] * share
+            a = part.logits(q_part, k_part).sub_(sums[part.entries][..., None]).exp_()
+            products = (grads_part @ part.of(values, heads).mT).mul_(a)
+            if size.own:
+                grad_logits = products.addcmul_(a, of_out, value=-1)
+                grad_landmark = torch.zeros_like(of_out)
+            else:
+                of_read = products.sum(-1, keepdim=True)
+                grad_logits = products.addcmul_(a, of_read, value=-1)
+                grad_landmark = of_read - of_out
+            read_part = grad_logits @ k_part
+            if not size.own:
+                read_part.addcmul_(grad_landmark, part.landmarks(keys, heads))
+            read[part.entries] = read_part
+            gradients = grad_logits.mT @ q_part, a.mT @ grads_part, grad_landmark.mT @ q_part
+            for to, each in zip(by_group, gradients, strict=True):
+                part.add(to, each)
 
 
 def _slots(k: Tensor, top_k: int) -> int:
@@ -348,6 +390,7 @@ class _Size:
         self.length = min(MAX_LIST, 1 << (mean.bit_length() - 2))
         number_of_lists = (counts + self.length - 1) // self.length
         first = number_of_lists.cumsum(0) - number_of_lists
+        self.lists_of_group = torch.stack([first, number_of_lists])
         place = torch.arange(len(entries), device=entries.device) - (counts.cumsum(0) - counts)[number]
         self.list = torch.arange(len(self.group), device=entries.device).repeat_interleave(number_of_lists)
         filled = entries.new_full((len(self.list) * self.length,), lists.entries)
@@ -394,6 +437,7 @@ def _(
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
     top_k: int,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (*q.shape[:3], _slots(k, top_k) + 1)
     wide = q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -407,14 +451,15 @@ def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tenso
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, is_landmark, ctx.scale, cu_seqlens, key_mask, _ = inputs
+    q, k, v, is_landmark, ctx.scale, cu_seqlens, key_mask, _, ctx.fused = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(q, k, v, is_landmark, *output, cu_seqlens, key_mask)
 
 
 def _differentiate(ctx: Any, grad_out: Tensor, *_: None) -> tuple[Any, ...]:
     *tensors, cu_seqlens, key_mask = ctx.saved_tensors
-    return *_backward(grad_out, *tensors, ctx.scale, cu_seqlens, key_mask), None, None, None, None, None
+    grads = _backward(grad_out, *tensors, ctx.scale, cu_seqlens, key_mask, ctx.fused)
+    return *grads, None, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

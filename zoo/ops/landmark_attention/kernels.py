@@ -15,6 +15,12 @@ them. Nothing is of the length squared; the work is.
     _query_kernel     dq, the same way
     _key_kernel       dk and dv of a tile of a block's keys, and dk of its landmark, over all queries that see it
 
+With top_k, chosen.py makes lists of the queries that read a block, and two kernels serve them, for blocks that are one
+tile (longer ones are left to PyTorch): the choice is a product and a top-k of its own.
+
+    _list_kernel      what some entries of a list read, and their log-sum-exps
+    _group_kernel     dk and dv of a block, over all of its lists, and each entry's part of dq
+
 Padding is taken out before; then the ordinary keys of a block lie side by side, its landmark behind them. As in
 linear_attention, a computed tile is the right-hand operand of a product, hence results come transposed. Operands are of
 the inputs' dtype, sums float32; logarithms binary.
@@ -33,21 +39,20 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.dispatch import implements
-from zoo.ops.landmark_attention.chosen import _Blocks
+from zoo.ops.landmark_attention import chosen
+from zoo.ops.landmark_attention.chosen import _Blocks, _Size
 
 MAX_DIM = 256
 GROUP = tl.constexpr(16)  # the least that the tensor cores take
 LOG2E = 1.4426950408889634
 
 
-def _refuses(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> str | None:
+def _refuses(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
     for x in (q, k, v):
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{str(x.dtype).removeprefix('torch.')} inputs"
     if max(q.shape[3], v.shape[3]) > MAX_DIM:
         return f"head dims above {MAX_DIM}"
-    if arguments[-1] is not None:
-        return "top_k, which has no kernel"
     return None
 
 
@@ -60,10 +65,14 @@ def landmark_attention(
     scale: float,
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
-    top_k: None,
+    top_k: int | None,
 ) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    out, _ = _forward(q.to(dtype), k.to(dtype), v.to(dtype), is_landmark, scale, cu_seqlens, key_mask)
+    inputs = q.to(dtype), k.to(dtype), v.to(dtype)
+    if top_k is None:
+        out = _forward(*inputs, is_landmark, scale, cu_seqlens, key_mask)[0]
+    else:
+        out = chosen.landmark_attention(*inputs, is_landmark, scale, cu_seqlens, key_mask, top_k, fused=True)
     return out.to(q.dtype)
 
 
@@ -553,6 +562,219 @@ def _key_kernel(
     place = start + count + tl.zeros([GROUP], tl.int32)
     is_there = is_first & stands & (before == 0)
     _store_transposed(grad_k, place, is_there, kv_head, K, DIM, BD, acc_landmark * scale)
+
+
+class Lists:
+    """As _InTorch of chosen.py."""
+
+    @staticmethod
+    def fit(size: _Size, keys: Tensor, values: Tensor) -> bool:
+        return size.width <= _tiles(keys.dtype, triton.next_power_of_2(max(keys.shape[2], values.shape[2]))).keys
+
+    @staticmethod
+    def read(
+        size: _Size,
+        heads: slice,
+        q_rows: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        sums: Tensor,
+        read: Tensor,
+        scale: float,
+    ) -> None:
+        given, options = _list_arguments(size, heads, keys, values, scale)
+        per_list = triton.cdiv(size.length, options["M"])
+        _list_kernel[(len(size.list) * per_list,)](
+            q_rows, keys.contiguous(), values.contiguous(), sums, read, size.list, *given, **options
+        )
+
+    @staticmethod
+    def differentiate(
+        size: _Size,
+        heads: slice,
+        q_rows: Tensor,
+        g_rows: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        shares: Tensor,
+        sums: Tensor,
+        total: Tensor,
+        read: Tensor,
+        by_group: list[Tensor],
+        scale: float,
+    ) -> None:
+        given, options = _list_arguments(size, heads, keys, values, scale)
+        rows = q_rows, g_rows, keys.contiguous(), values.contiguous(), shares, sums, total
+        _group_kernel[(len(size.group),)](*rows, read, *by_group, size.lists_of_group, *given, **options)
+
+
+def _list_arguments(
+    size: _Size, heads: slice, keys: Tensor, values: Tensor, scale: float
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    dims = keys.shape[2], values.shape[2]
+    tiles = _tiles(keys.dtype, triton.next_power_of_2(max(dims)))
+    blocks = size.lists.blocks
+    by_group = torch.stack([size.start, size.count, heads.start + size.kv_head, blocks.landmark[size.block]])
+    given = size.filled, by_group, blocks.place, size.lists.entries, len(size.group), 1 / scale if scale else 0.0, scale
+    return given, {
+        "C": size.length,
+        "K": keys.shape[1],
+        "SLOTS": size.lists.slots,
+        "ROWS": size.lists.kv_heads * size.lists.shared,
+        "WIDTH": size.width,
+        "OWN": size.own,
+        "DIM": dims[0],
+        "V_DIM": dims[1],
+        "BD": max(16, triton.next_power_of_2(dims[0])),
+        "BV": max(16, triton.next_power_of_2(dims[1])),
+        "M": max(16, min(tiles.queries, size.length)),
+        "KEYS": max(16, triton.next_power_of_2(size.width)),
+        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "num_warps": tiles.warps,
+    }
+
+
+@triton.jit(do_not_specialize=["entries", "num_groups"])
+def _list_kernel(
+    q_rows,  # [rows, DIM], scaled
+    keys,  # [S, K, DIM]
+    values,  # [S, K, V_DIM]
+    sums,  # [entries + 1]
+    read,  # [entries + 1, V_DIM]
+    group_of,  # [lists]
+    filled,  # [lists, C]
+    by_group,  # [4, groups]: first key, keys, kv head, landmark
+    place_of,  # [N]
+    entries,
+    num_groups,
+    unscale,
+    scale,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OWN: tl.constexpr,
+    DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    M: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    per_list: tl.constexpr = (C + M - 1) // M
+    each = (tl.program_id(0) // per_list).to(tl.int64)
+    place = (tl.program_id(0) % per_list) * M + tl.arange(0, M)
+    entry = tl.load(filled + each * C + place, mask=place < C, other=entries)
+    inside = entry < entries
+    row = entry // SLOTS
+    group = tl.load(group_of + each)
+    start = tl.load(by_group + group)
+    count = tl.load(by_group + num_groups + group)
+    head = tl.load(by_group + 2 * num_groups + group)
+    index = tl.arange(0, KEYS)
+    k = _load(keys, start + index, index < count, head, K, DIM, BD)
+    v = _load(values, start + index, index < count, head, K, V_DIM, BV)
+    q = (_load(q_rows, row, inside, 0, 1, DIM, BD) * unscale).to(k.dtype)
+    seen = (index < count)[:, None] & inside[None, :]
+    if OWN:
+        seen &= (start + index)[:, None] <= tl.load(place_of + row // ROWS, mask=inside, other=-1)[None, :]
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * 1.4426950408889634)
+    s = tl.where(seen, s, float("-inf"))
+    m = _finite(tl.max(s, 0))
+    p = tl.exp2(s - m[None, :])
+    total = tl.sum(p, 0)
+    total = tl.where(total > 0, total, 1.0)
+    out = tl.dot(tl.trans(v), p.to(v.dtype), input_precision=PRECISION) / total[None, :]
+    _store_transposed(read, entry, inside, 0, 1, V_DIM, BV, out)
+    tl.store(sums + entry, (m + tl.log2(total)) / 1.4426950408889634, mask=inside)
+
+
+@triton.jit(do_not_specialize=["entries", "num_groups"])
+def _group_kernel(
+    q_rows,  # [rows, DIM], scaled
+    g_rows,  # [rows, V_DIM], gradients of out
+    keys,  # [S, K, DIM]
+    values,  # [S, K, V_DIM]
+    shares,  # [entries + 1], pi
+    sums,  # [entries + 1], L
+    totals,  # [rows], D
+    read,  # [entries + 1, DIM], of dq
+    grad_k,  # [groups, WIDTH, DIM]
+    grad_v,  # [groups, WIDTH, V_DIM]
+    grad_landmark,  # [groups, DIM]
+    lists_of_group,  # [2, groups]: the first list, and how many
+    filled,  # [lists, C]
+    by_group,  # [4, groups]: first key, keys, kv head, landmark
+    place_of,  # [N]
+    entries,
+    num_groups,
+    unscale,
+    scale,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OWN: tl.constexpr,
+    DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    M: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64)
+    start = tl.load(by_group + group)
+    count = tl.load(by_group + num_groups + group)
+    head = tl.load(by_group + 2 * num_groups + group)
+    index = tl.arange(0, KEYS)
+    inside_keys = index < count
+    k = _load(keys, start + index, inside_keys, head, K, DIM, BD)
+    v = _load(values, start + index, inside_keys, head, K, V_DIM, BV)
+    dim = tl.arange(0, BD)
+    acc_k = tl.zeros([BD, KEYS], tl.float32)
+    acc_v = tl.zeros([BV, KEYS], tl.float32)
+    acc_landmark = tl.zeros([BD], tl.float32)
+    if not OWN:
+        where = tl.load(by_group + 3 * num_groups + group)
+        landmark = tl.load(keys + (where * K + head) * DIM + dim, mask=dim < DIM, other=0.0).to(tl.float32)
+    first = tl.load(lists_of_group + group) * C
+    size = tl.load(lists_of_group + num_groups + group) * C
+    for i in range(0, size, M):
+        step = i + tl.arange(0, M)
+        entry = tl.load(filled + first + step, mask=step < size, other=entries)
+        inside = entry < entries
+        row = entry // SLOTS
+        q = (_load(q_rows, row, inside, 0, 1, DIM, BD) * unscale).to(k.dtype)
+        grad = _load(g_rows, row, inside, 0, 1, V_DIM, BV).to(k.dtype)
+        share = tl.load(shares + entry, mask=inside, other=0.0)
+        base = tl.load(sums + entry, mask=inside, other=0.0) * 1.4426950408889634
+        total = tl.load(totals + row, mask=inside, other=0.0)
+        seen = inside_keys[None, :] & inside[:, None]
+        if OWN:
+            seen &= (start + index)[None, :] <= tl.load(place_of + row // ROWS, mask=inside, other=-1)[:, None]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * 1.4426950408889634)
+        a = tl.where(seen, tl.exp2(tl.where(seen, s - base[:, None], 0.0)), 0.0)
+        grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        centre = total if OWN else tl.sum(a * grad_p, 1)
+        p = a * share[:, None]
+        grad_s = p * (grad_p - centre[:, None])
+        acc_v = tl.dot(tl.trans(grad), p.to(k.dtype), acc_v, input_precision=PRECISION)
+        acc_k = tl.dot(tl.trans(q), grad_s.to(k.dtype), acc_k, input_precision=PRECISION)
+        grad_q = tl.dot(tl.trans(k), tl.trans(grad_s).to(k.dtype), input_precision=PRECISION)
+        if not OWN:
+            of_landmark = share * (centre - total)
+            grad_q += landmark[:, None] * of_landmark[None, :]
+            acc_landmark += tl.sum(q.to(tl.float32) * of_landmark[:, None], 0)
+        _store_transposed(read, entry, inside, 0, 1, DIM, BD, grad_q)
+    inside_group = index < WIDTH
+    _store_transposed(grad_k, group * WIDTH + index, inside_group, 0, 1, DIM, BD, acc_k * scale)
+    _store_transposed(grad_v, group * WIDTH + index, inside_group, 0, 1, V_DIM, BV, acc_v)
+    if not OWN:
+        tl.store(grad_landmark + group * DIM + dim, acc_landmark * scale, mask=dim < DIM)
 
 
 @_forward.register_fake
