@@ -92,7 +92,7 @@ def _backward(
         delta -= d_lse.masked_fill(lse == -torch.inf, 0)
     rows, d_rows, delta, lse = (_by_head(x, k.shape[2]) for x in (q, d_out, delta, lse))
     rows = rows * scale
-    d_q, d_k, d_v = torch.zeros_like(rows), torch.zeros_like(k), torch.zeros_like(v)
+    d_q, d_k, d_v = torch.zeros_like(rows), k.new_zeros(k.shape), v.new_zeros(v.shape)
     for block in _blocks(places, blocks):
         p = block.probabilities(rows, k, lse)
         d_own = d_rows[block.head].index_select(0, block.queries).flatten(0, 1)
@@ -112,7 +112,7 @@ def _by_head(x: Tensor, kv_heads: int) -> Tensor:
 
 def _by_token(x: Tensor, batch: int, length: int, heads: int) -> Tensor:
     """The inverse."""
-    return x.transpose(0, 1).reshape(batch, length, heads, *x.shape[3:])
+    return x.transpose(0, 1).reshape(batch, length, heads, *x.shape[3:]).contiguous()  # one of G = 1 would be a view
 
 
 class _Block(NamedTuple):
