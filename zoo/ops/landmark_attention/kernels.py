@@ -585,7 +585,14 @@ class Lists:
         given, options = _list_arguments(size, heads, keys, values, scale)
         per_list = triton.cdiv(size.length, options["M"])
         _list_kernel[(len(size.list) * per_list,)](
-            q_rows, keys.contiguous(), values.contiguous(), sums, read, size.list, *given, **options
+            _unscaled(q_rows, keys, scale),
+            keys.contiguous(),
+            values.contiguous(),
+            sums,
+            read,
+            size.list,
+            *given,
+            **options,
         )
 
     @staticmethod
@@ -604,8 +611,14 @@ class Lists:
         scale: float,
     ) -> None:
         given, options = _list_arguments(size, heads, keys, values, scale)
-        rows = q_rows, g_rows, keys.contiguous(), values.contiguous(), shares, sums, total
+        queries, grads = _unscaled(q_rows, keys, scale), g_rows.to(keys.dtype)
+        rows = queries, grads, keys.contiguous(), values.contiguous(), shares, sums, total
         _group_kernel[(len(size.group),)](*rows, read, *by_group, size.lists_of_group, *given, **options)
+
+
+def _unscaled(q_rows: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """q as it came, which a product of two tiles takes from memory."""
+    return (q_rows / scale if scale else q_rows).to(keys.dtype)
 
 
 def _list_arguments(
@@ -615,7 +628,7 @@ def _list_arguments(
     tiles = _tiles(keys.dtype, triton.next_power_of_2(max(dims)))
     blocks = size.lists.blocks
     by_group = torch.stack([size.start, size.count, heads.start + size.kv_head, blocks.landmark[size.block]])
-    given = size.filled, by_group, blocks.place, size.lists.entries, len(size.group), 1 / scale if scale else 0.0, scale
+    given = size.filled, by_group, blocks.place, size.lists.entries, len(size.group), scale
     return given, {
         "C": size.length,
         "K": keys.shape[1],
@@ -636,7 +649,7 @@ def _list_arguments(
 
 @triton.jit(do_not_specialize=["entries", "num_groups"])
 def _list_kernel(
-    q_rows,  # [rows, DIM], scaled
+    q_rows,  # [rows, DIM]
     keys,  # [S, K, DIM]
     values,  # [S, K, V_DIM]
     sums,  # [entries + 1]
@@ -647,7 +660,6 @@ def _list_kernel(
     place_of,  # [N]
     entries,
     num_groups,
-    unscale,
     scale,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -676,7 +688,7 @@ def _list_kernel(
     index = tl.arange(0, KEYS)
     k = _load(keys, start + index, index < count, head, K, DIM, BD)
     v = _load(values, start + index, index < count, head, K, V_DIM, BV)
-    q = (_load(q_rows, row, inside, 0, 1, DIM, BD) * unscale).to(k.dtype)
+    q = _load(q_rows, row, inside, 0, 1, DIM, BD)
     seen = (index < count)[:, None] & inside[None, :]
     if OWN:
         seen &= (start + index)[:, None] <= tl.load(place_of + row // ROWS, mask=inside, other=-1)[None, :]
@@ -693,7 +705,7 @@ def _list_kernel(
 
 @triton.jit(do_not_specialize=["entries", "num_groups"])
 def _group_kernel(
-    q_rows,  # [rows, DIM], scaled
+    q_rows,  # [rows, DIM]
     g_rows,  # [rows, V_DIM], gradients of out
     keys,  # [S, K, DIM]
     values,  # [S, K, V_DIM]
@@ -710,7 +722,6 @@ def _group_kernel(
     place_of,  # [N]
     entries,
     num_groups,
-    unscale,
     scale,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -748,8 +759,8 @@ def _group_kernel(
         entry = tl.load(filled + first + step, mask=step < size, other=entries)
         inside = entry < entries
         row = entry // SLOTS
-        q = (_load(q_rows, row, inside, 0, 1, DIM, BD) * unscale).to(k.dtype)
-        grad = _load(g_rows, row, inside, 0, 1, V_DIM, BV).to(k.dtype)
+        q = _load(q_rows, row, inside, 0, 1, DIM, BD)
+        grad = _load(g_rows, row, inside, 0, 1, V_DIM, BV)
         share = tl.load(shares + entry, mask=inside, other=0.0)
         base = tl.load(sums + entry, mask=inside, other=0.0) * 1.4426950408889634
         total = tl.load(totals + row, mask=inside, other=0.0)
@@ -761,10 +772,16 @@ def _group_kernel(
         grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         centre = total if OWN else tl.sum(a * grad_p, 1)
         p = a * share[:, None]
-        grad_s = p * (grad_p - centre[:, None])
         acc_v = tl.dot(tl.trans(grad), p.to(k.dtype), acc_v, input_precision=PRECISION)
-        acc_k = tl.dot(tl.trans(q), grad_s.to(k.dtype), acc_k, input_precision=PRECISION)
-        grad_q = tl.dot(tl.trans(k), tl.trans(grad_s).to(k.dtype), input_precision=PRECISION)
+        grad_s = (p * (grad_p - centre[:, None])).to(k.dtype)
+        acc_k = tl.dot(tl.trans(q), grad_s, acc_k, input_precision=PRECISION)
+        # The same the other way round: transposed in registers it would become a left-hand operand.
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * 1.4426950408889634)
+        seen_by = tl.trans(seen)
+        a = tl.where(seen_by, tl.exp2(tl.where(seen_by, s - base[None, :], 0.0)), 0.0)
+        grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        grad_s = (a * share[None, :] * (grad_p - centre[None, :])).to(k.dtype)
+        grad_q = tl.dot(tl.trans(k), grad_s, input_precision=PRECISION)
         if not OWN:
             of_landmark = share * (centre - total)
             grad_q += landmark[:, None] * of_landmark[None, :]
