@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import zoo.ops
 from zoo.ops import backend, backends, dispatch, linear_attention, measured, selective_scan
+from zoo.ops.softmax_attention import Pattern
 
 
 @pytest.fixture
@@ -43,6 +45,44 @@ def test_autocast_does_not_lower_the_precision_of_an_op():
     with torch.autocast("cpu", torch.bfloat16):
         inside = linear_attention(q, q, q)
     assert inside.dtype == torch.float32 and torch.equal(inside, linear_attention(q, q, q))
+
+
+HEADS = (1, 40, 2, 16)
+LANDMARKS = torch.arange(40)[None] % 8 == 7
+BLOCKS = (torch.arange(40) // 8)[None, :, None, None].expand(-1, -1, 2, 1)
+WHERE = 0 * torch.arange(40)[None], 1 + torch.arange(40)[None]
+CALLS = {
+    "linear_attention": ([HEADS] * 3 + [(1, 40, 2)], lambda q, k, v, d: zoo.ops.linear_attention(q, k, v, -d.abs())),
+    "delta_rule": ([HEADS] * 3 + [(1, 40, 2)], lambda *x: zoo.ops.delta_rule(*x[:3], x[3].sigmoid())),
+    "selective_scan": (
+        [(1, 40, 16)] * 2 + [(16, 4), (1, 40, 4), (1, 40, 4)],
+        lambda u, delta, A, B, C: zoo.ops.selective_scan(u, delta.abs(), -A.abs(), B, C),
+    ),
+    "causal_conv1d": ([(1, 40, 16), (16, 4)], zoo.ops.causal_conv1d),
+    "gated_rms_norm": ([(1, 40, 16), (1, 40, 16), (16,)], zoo.ops.gated_rms_norm),
+    "softmax_attention": ([HEADS] * 3, zoo.ops.softmax_attention),
+    "softmax_attention window": ([HEADS] * 3, lambda *x: zoo.ops.softmax_attention(*x, window=9, softcap=5.0)),
+    "softmax_attention pattern": ([HEADS] * 3, lambda *x: zoo.ops.softmax_attention(*x, pattern=Pattern(4, 0, 2))),
+    "interval_attention": ([HEADS] * 3, lambda *x: zoo.ops.interval_attention(*x, *WHERE)),
+    "landmark_attention": ([HEADS] * 3, lambda *x: zoo.ops.landmark_attention(*x, LANDMARKS)),
+    "landmark_attention top_k": ([HEADS] * 3, lambda *x: zoo.ops.landmark_attention(*x, LANDMARKS, top_k=2)),
+    "block_sparse_attention": ([HEADS] * 3, lambda *x: zoo.ops.block_sparse_attention(*x, BLOCKS, block_size=8)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_autocast_does_not_lower_the_precision_of_a_gradient(name):
+    """backward() called inside, which torch advises against. infini_attention in torch is differentiated by torch."""
+    shapes, call = CALLS[name]
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
+    out = call(*inputs)
+    outside = torch.autograd.grad(out, inputs, torch.ones_like(out), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(out, inputs, torch.ones_like(out))
+        assert torch.is_autocast_enabled("cpu")
+    for ours, expected in zip(inside, outside, strict=True):
+        assert expected.any() and torch.equal(ours, expected)
 
 
 def test_backends_lists_them_in_order(two_backends):

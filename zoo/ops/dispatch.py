@@ -20,10 +20,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from functools import cache, wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from zoo.ops import measured
 
@@ -214,6 +215,18 @@ def _outside_autocast(function: Callable[..., Any], device: torch.device, /, *ar
         with torch.autocast(device_type=device.type, enabled=False):
             return function(*args, **kwargs)
     return function(*args, **kwargs)
+
+
+def outside_autocast(differentiate: Function) -> Function:
+    """An operator's registered gradient, run outside autocast as the op is: backward() may be called inside."""
+
+    @wraps(differentiate)
+    def wrapped(ctx: Any, *grads: Tensor | None) -> Any:
+        # Not from ctx.saved_tensors: a checkpoint unpacks those only once.
+        device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
+        return _outside_autocast(differentiate, device, ctx, *grads)
+
+    return cast(Function, wrapped)
 
 
 def asked_device(device: torch.device) -> torch.device:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops.dispatch import outside_autocast
+
 Forward = Callable[
     [Tensor, Tensor, Tensor, Tensor, int, float, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]
 ]
@@ -73,5 +75,5 @@ def register(name: str, forward: Forward, backward: Backward) -> tuple[Any, Any]
         grads = backward_operator(d_out, d_lse, *tensors, ctx.block_size, ctx.scale, cu_seqlens, key_mask)
         return *grads, None, None, None, None, None
 
-    forward_operator.register_autograd(differentiate, setup_context=save)
+    forward_operator.register_autograd(outside_autocast(differentiate), setup_context=save)
     return forward_operator, backward_operator

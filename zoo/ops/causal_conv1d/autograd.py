@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops.dispatch import outside_autocast
+
 Forward = Callable[[Tensor, Tensor, Tensor | None, str | None, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 Backward = Callable[
     [Tensor, Tensor | None, Tensor, Tensor, Tensor | None, str | None, Tensor, Tensor | None],
@@ -57,5 +59,5 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[..., t
         )
         return d_x, d_weight, None if bias is None else d_bias, None, d_initial_state, None
 
-    forward_operator.register_autograd(differentiate, setup_context=save)
+    forward_operator.register_autograd(outside_autocast(differentiate), setup_context=save)
     return forward_operator

@@ -37,7 +37,7 @@ from zoo.ops.chunks import (
     scaled,
 )
 from zoo.ops.delta_rule.decays import Decays, PerChannel, PerHead
-from zoo.ops.dispatch import implements
+from zoo.ops.dispatch import implements, outside_autocast
 from zoo.ops.varlen import DocumentChunks, RowChunks
 
 
@@ -242,4 +242,4 @@ def _differentiate(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, _: No
     return *_backward(d_out, d_final, *ctx.saved_tensors), None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(outside_autocast(_differentiate), setup_context=_save)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops.dispatch import outside_autocast
+
 
 def register(
     name: str,
@@ -39,5 +41,5 @@ def register(
     def differentiate(ctx: Any, d_out: Tensor, _: None) -> tuple[Any, ...]:
         return *backward_op(d_out, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
-    forward_op.register_autograd(differentiate, setup_context=save)
+    forward_op.register_autograd(outside_autocast(differentiate), setup_context=save)
     return forward_op

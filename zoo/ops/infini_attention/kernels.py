@@ -40,7 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops.dispatch import backend, implements
+from zoo.ops.dispatch import backend, implements, outside_autocast
 from zoo.ops.infini_attention import chunked
 from zoo.ops.softmax_attention import softmax_attention
 from zoo.ops.tiles import (
@@ -802,4 +802,4 @@ def _differentiate(
     return *gradients, None, None, None
 
 
-_operator.register_autograd(_differentiate, setup_context=_save)
+_operator.register_autograd(outside_autocast(_differentiate), setup_context=_save)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.ops.dispatch import implements
+from zoo.ops.dispatch import implements, outside_autocast
 
 MAX_LOGITS = 2**19  # held at once
 MAX_QUERIES = 128  # in a chunk: a longer one computes more logits that are masked
@@ -175,4 +175,4 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
     return *_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.scale), None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(outside_autocast(_differentiate), setup_context=_save)

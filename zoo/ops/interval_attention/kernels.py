@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops.dispatch import implements
+from zoo.ops.dispatch import implements, outside_autocast
 
 MAX_DIM = 256
 PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
@@ -794,4 +794,4 @@ def _differentiate(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tupl
     return *_backward_operator(d_out, d_lse, *ctx.saved_tensors, *options), *[None] * 8
 
 
-_operator.register_autograd(_differentiate, setup_context=_save)
+_operator.register_autograd(outside_autocast(_differentiate), setup_context=_save)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.ops.dispatch import outside_autocast
 from zoo.ops.varlen import document_ids
 
 MAX_LOGITS = 2**20  # the most logits of landmarks held at once
@@ -462,4 +463,4 @@ def _differentiate(ctx: Any, grad_out: Tensor, *_: None) -> tuple[Any, ...]:
     return *grads, None, None, None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(outside_autocast(_differentiate), setup_context=_save)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.ops.dispatch import implements
+from zoo.ops.dispatch import implements, outside_autocast
 from zoo.ops.landmark_attention import chosen
 
 MAX_LOGITS = 2**18  # the most logits held at once, as of softmax_attention
@@ -325,4 +325,4 @@ def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     return *_backward(grad_out, q, k, v, is_landmark, ctx.scale, cu_seqlens, key_mask), None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(outside_autocast(_differentiate), setup_context=_save)

@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops.dispatch import implements
+from zoo.ops.dispatch import implements, outside_autocast
 from zoo.ops.landmark_attention import chosen
 from zoo.ops.landmark_attention.chosen import _Blocks, _Size
 
@@ -815,4 +815,4 @@ def _differentiate(ctx: Any, grad_out: Tensor, _: None) -> tuple[Any, ...]:
     return *_backward(grad_out, *tensors, ctx.scale, cu_seqlens, key_mask), None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(outside_autocast(_differentiate), setup_context=_save)

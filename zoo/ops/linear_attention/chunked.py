@@ -37,7 +37,7 @@ from zoo.ops.chunks import (
     scaled,
     summed,
 )
-from zoo.ops.dispatch import implements
+from zoo.ops.dispatch import implements, outside_autocast
 
 
 @implements("linear_attention", "torch")
@@ -224,4 +224,4 @@ def _differentiate(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, _: No
     return dq, dk, dv, d_log_decay if ctx.needs_input_grad[3] else None, d_initial, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(outside_autocast(_differentiate), setup_context=_save)

@@ -43,7 +43,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops.dispatch import implements
+from zoo.ops.dispatch import implements, outside_autocast
 from zoo.ops.tiles import (
     Pieces,
     bound,
@@ -853,4 +853,4 @@ def _differentiate(ctx: Any, d_out: Tensor | None, d_state: Tensor | None, _: No
     return dq, dk, dv, d_decay if wanted else None, d_initial, None, None, None
 
 
-_operator.register_autograd(_differentiate, setup_context=_save)
+_operator.register_autograd(outside_autocast(_differentiate), setup_context=_save)

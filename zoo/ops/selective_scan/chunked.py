@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.ops.dispatch import implements
+from zoo.ops.dispatch import implements, outside_autocast
 
 # Measured with 512 channels x 16 states: 8 to 32 are within 10% of each other, and from 64 on buffers leave the cache.
 # The states kept for the backward are then as large as u.
@@ -335,4 +335,4 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_state: Tensor | None,
     return *grads, None if initial_state is None else grad_initial, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(outside_autocast(_differentiate), setup_context=_save)

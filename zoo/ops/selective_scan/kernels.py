@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from zoo.ops.dispatch import implements
+from zoo.ops.dispatch import implements, outside_autocast
 
 # Tokens between two states kept for the backward: with 16 states that is a byte for each token and channel, next to
 # the 4 of u and delta in bfloat16.
@@ -720,4 +720,4 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_state: Tensor | None,
     return *grads, None if D is None else grad_D, None if initial_state is None else grad_initial, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(outside_autocast(_differentiate), setup_context=_save)

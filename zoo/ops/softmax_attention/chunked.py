@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from zoo.ops.dispatch import implements
+from zoo.ops.dispatch import implements, outside_autocast
 from zoo.ops.matmul import bmm
 from zoo.ops.softmax_attention import patterned
 from zoo.ops.softmax_attention.pattern import Pattern
@@ -461,4 +461,4 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
     return *grads, None, None, None, None, None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(outside_autocast(_differentiate), setup_context=_save)

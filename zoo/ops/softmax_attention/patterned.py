@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.ops.dispatch import outside_autocast
 from zoo.ops.matmul import bmm
 from zoo.ops.softmax_attention.pattern import Pattern
 
@@ -179,4 +180,4 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
     return *grads, None, None, None, None, None
 
 
-forward.register_autograd(_differentiate, setup_context=_save)
+forward.register_autograd(outside_autocast(_differentiate), setup_context=_save)
