@@ -107,6 +107,7 @@ def test_sinks_stand_where_the_cache_holds_them() -> None:
         ),
         ({"window": [4, 5]}, "mixer.window: must have an entry for each of the model's 1 layers, got 2"),
         ({"window": []}, "mixer.window: must have an entry for each of the model's 1 layers, got 0"),
+        ({"window": [None], "num_sinks": 1}, "mixer.window: is null for every layer; remove it"),
         ({"window": [-4]}, "mixer.window[0]: must be a whole number >= 1, got -4"),
         ({"window": [True]}, "mixer.window[0]: must be a whole number, got true"),
         ({"window": [4], "num_sinks": 1, "sink_positions": "cache"}, "change these or remove it"),

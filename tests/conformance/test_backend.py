@@ -7,22 +7,20 @@ from tests.conformance.conftest import Measure
 from tests.conformance.runs import build, chunked, forward, gradients, inputs, probe
 from tests.conformance.subjects import SUBJECTS
 from zoo import ops
-from zoo.blocks.attention import Attention
 from zoo.blocks.gated_delta import GatedDelta
 from zoo.blocks.hierarchical import Hierarchical
 from zoo.blocks.kda import KDA
-from zoo.blocks.mla import MLA
 from zoo.models import ZooModel
 
 LENGTH = 70  # two chunks
 CU_SEQLENS = torch.tensor([0, 1, 34, LENGTH], dtype=torch.int32)
 
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4}
-WITHOUT_KERNELS = {Attention, MLA, GatedDelta, KDA, Hierarchical}
+WITHOUT_KERNELS = {GatedDelta, KDA, Hierarchical}
 
 
 def compared(subject: str) -> list[tuple[str, torch.dtype]]:
-    """Backends and dtypes. The kernels have no float64; these mixers' ops have no kernels."""
+    """Backends and dtypes. The kernels have no float64; the others have none, or take minutes interpreted (hierarchical: tests/blocks)."""
     modules = {type(module) for module in zoo.build(SUBJECTS[subject], device="meta").modules()}
     kernels = [] if modules & WITHOUT_KERNELS else [("triton", torch.float32)]
     return [("torch", torch.float64), ("torch", torch.float32), *kernels]

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -5,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from tests.conformance.conftest import Measure
-from tests.conformance.runs import given, inputs
+from tests.conformance.runs import build, chunked, forward, given, gradients, inputs
 from tests.conformance.subjects import SUBJECTS, VOCAB_SIZE
 from zoo import ops
 from zoo.models import materialize
@@ -96,3 +98,26 @@ def test_state_bytes_equal_a_real_state(subject: str, dtype: torch.dtype) -> Non
         for _ in range(9):
             model.model(torch.randint(2, VOCAB_SIZE, (batch, 1)), past_key_values=cache)
         assert cache.nbytes() == model.state_bytes(batch, length + 9)
+
+
+def test_tensors_are_made_where_the_inputs_are(subject: str, measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor that names no device is on the meta device here, as on a GPU's machine it would be on the CPU, and does
+    not go with the others. (Inside a registered operator `with torch.device` has no effect.)"""
+    model, x = build(subject), inputs(1, 20).requires_grad_()
+    cu_seqlens, mask = torch.tensor([0, 3, 3, 20], dtype=torch.int32), torch.arange(20)[None] >= 4
+    weights = inputs(4, 20, seed=2)
+
+    def runs() -> list[torch.Tensor]:
+        outs = [forward(model, x), forward(model, x, cu_seqlens=cu_seqlens)]
+        outs += [forward(model, x, attention_mask=mask), chunked(model, x, [12, 7, 1])]
+        return [*outs, *gradients(model, (torch.cat(outs) * weights).sum(), x).values()]
+
+    def elsewhere(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *args, **options: make(*args, **{"device": "meta"} | options)
+
+    expected = runs()
+    for name in ("tensor", "arange", "empty", "zeros", "ones", "full", "eye", "linspace"):
+        monkeypatch.setattr(torch, name, elsewhere(getattr(torch, name)))
+    found = runs()
+    for n, (out, wanted) in enumerate(zip(found, expected, strict=True)):
+        measure(f"run {n}", out, wanted, 0.0)

@@ -122,6 +122,13 @@ def test_padded_rows(past, length, update):
     check(inputs, update=update, key_mask=masks(past, length))
 
 
+@pytest.mark.parametrize("update", UPDATES)
+def test_rows_of_padding_alone_leave_the_memory(update):
+    inputs = make_inputs(7, 9, 4, 2, 6, 5)
+    out, m, z = call(inputs, update=update, key_mask=torch.zeros(inputs["q"].shape[:2], dtype=torch.bool))
+    assert not out.any() and torch.equal(m, inputs["M"]) and torch.equal(z, inputs["z"])
+
+
 def test_masked_tokens_count_for_nothing():
     mask = masks(7, 45)
     inputs = make_inputs(7, 45, 4, 2, 6, 5, past=7)

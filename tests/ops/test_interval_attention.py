@@ -53,6 +53,18 @@ def check(tensors: list[Tensor], dtype: torch.dtype = torch.float64, **options: 
         assert error < TOLERANCE[dtype], name
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_there_are_no_keys_beyond_the_ends(name: str) -> None:
+    *tensors, first, stop = make(1, 9, 6)
+    wide = torch.where(first == 0, -3, first), torch.where(stop == 6, 8, stop)
+    for x, y in zip(
+        run(name, [*tensors, *wide], torch.float64).values(),
+        run(name, [*tensors, first, stop], torch.float64).values(),
+        strict=True,
+    ):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("key_length", [1, 2, 17, 64])
 @pytest.mark.parametrize("length", [1, 2, 31, 127, 128, 129, 260])
 def test_torch_equals_reference(length: int, key_length: int) -> None:

@@ -87,6 +87,11 @@ def test_patterns(pattern: Pattern) -> None:
     check(make(1, length, length, (2, 1)), pattern=pattern, softcap=0.8)
 
 
+def test_a_stride_that_the_text_does_not_reach() -> None:
+    check(make(1, 20, 20, (2, 1)), pattern=Pattern(8, stride=100))
+    check(make(2, 9, 9, (1, 1)), pattern=Pattern(2, stride=11), key_mask=padding("left", 9)[:2])
+
+
 @pytest.mark.parametrize("pattern", [PATTERNS[2], BOTH], ids=str)
 def test_patterns_of_padded_rows_and_documents(pattern: Pattern) -> None:
     check(make(1, 7, 60, (2, 1)), pattern=pattern)

@@ -61,6 +61,15 @@ def test_masks_are_the_pattern(pattern: Pattern) -> None:
             assert torch.equal(mask(40, 150, None, key_mask, row=row), padded[-40:])
 
 
+def test_training_may_find_the_mask_of_an_inference() -> None:
+    arguments = True, Pattern(5, random_blocks=1, block_size=8), 40, 40, torch.device("cpu")
+    with torch.inference_mode():
+        library._block_mask_of_rows(*arguments)
+    mask = library._block_mask_of_rows(*arguments)
+    assert library._block_mask_of_rows.cache_info().hits == 1
+    assert not any(x.is_inference() for x in mask.as_tuple() if isinstance(x, Tensor))
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("length", [130, 150])
 @torch.no_grad()

@@ -146,6 +146,8 @@ class AttentionConfig(MixerConfig):
         if isinstance(self.window, list) and len(self.window) != layers:
             problem = f"must have an entry for each of the model's {layers} layers, got {len(self.window)}"
             raise FieldError("window", problem)
+        if isinstance(self.window, list) and not any(self.window):
+            raise FieldError("window", "is null for every layer; remove it")
         if self.num_sinks and self.window is None and self.dilation == 1:
             raise FieldError("num_sinks", f"needs a window to stand outside of, got {self.num_sinks} without one")
         for name in ("stride", "random"):

@@ -1,5 +1,5 @@
 """Compressive attention: the last tokens in full, and of all before them a pyramid of slots, each older level twice as
-coarse, so that a query sees of T tokens about 2 w + m log2(T / w) keys. With w the window, m the slots of a level:
+coarse, so that a query sees of T tokens about 2 w + m log2(T / m) keys. With w the window, m the slots of a level:
 
     o_t = softmax([rope(q_t) rope(k_j) : j = s_1 ... t, and q_t k^l_i : visible slots i, l] / sqrt(D)) [v_j, v^l_i]
     k^l_i = g * k^(l-1)_(2i) + (1 - g) * k^(l-1)_(2i+1)       g = sigmoid(W [k^(l-1)_(2i), k^(l-1)_(2i+1)]),  k^0 = k

@@ -100,6 +100,8 @@ def infini_attention(
     if key_mask is not None:
         # The rows' real tokens, laid end to end, are packed documents.
         real = key_mask.flatten().nonzero()[:, 0]
+        if not len(real):
+            return torch.zeros_like(q[..., :1]).expand(*q.shape[:3], v.shape[3]), memory, normaliser
         documents = torch.nn.functional.pad(key_mask.sum(1).cumsum(0), (1, 0)).int()
         behind = (0, 0, 0, 0, key_length - length, 0)
         q, q_mem = (torch.nn.functional.pad(x, behind) for x in (q, q_mem))

@@ -36,7 +36,7 @@ def interval_attention(
             There may be no key at all.
         v: `[batch, key_length, kv_heads, v_head_dim]`.
         first: int64 `[batch, length]`, the first key a query sees.
-        stop: int64 `[batch, length]`, the end of the keys it sees.
+        stop: int64 `[batch, length]`, the end of the keys it sees. There are no keys before 0 and after the last.
         scale: of the logits; None is head_dim^-0.5.
         return_lse: also return the log-sum-exp of the logits s (natural logarithm).
 
@@ -63,5 +63,6 @@ def interval_attention(
             got = f"{bound.dtype} {list(bound.shape)}"
             raise ValueError(f"{name} must be whole numbers [batch, length] = {[batch, length]}, got {got}")
     scale = head_dim**-0.5 if scale is None else scale
-    out, lse = dispatch.run("interval_attention", q.device, q, k, v, first.long(), stop.long(), scale)
+    first, stop = (bound.long().clamp(0, k.shape[1]) for bound in (first, stop))
+    out, lse = dispatch.run("interval_attention", q.device, q, k, v, first, stop, scale)
     return (out, lse) if return_lse else out

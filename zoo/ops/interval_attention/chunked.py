@@ -51,7 +51,8 @@ def chunks(rows: Tensor, keys: Tensor, first: Tensor, stop: Tensor) -> Iterator[
     low, high = torch.where(is_empty, keys.shape[1], first), torch.where(is_empty, 0, stop)
     last_low, first_high = torch.where(is_empty, 0, first), torch.where(is_empty, 0, stop)
     bounds = torch.stack([low.amin(0), -high.amax(0), -last_low.amax(0), first_high.amin(0)])
-    bounds = torch.stack([part.amin(1) for part in bounds.split(size, 1)], 1) * torch.tensor([[1], [-1], [-1], [1]])
+    bounds = torch.stack([part.amin(1) for part in bounds.split(size, 1)], 1)
+    bounds[1:3].neg_()
     for i, (low, high, last_low, first_high) in enumerate(bounds.T.tolist()):
         low, now = min(low, high), slice(i * size, min((i + 1) * size, length))
         logits = rows[:, now].flatten(1, 2) @ keys[:, low:high].mT

@@ -58,7 +58,7 @@ def interval_attention(
     q: Tensor, k: Tensor, v: Tensor, first: Tensor, stop: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` as the public function documents them."""
-    first, stop = (x.clamp(0, k.shape[1]).int()[None] for x in (first, stop))
+    first, stop = (x.int()[None] for x in (first, stop))
     return attend(q, k, v, first, stop, scale=scale, in_order=False)
 
 
@@ -695,7 +695,7 @@ def _backward(
     )
     slots = len(first)
     groups = [(0, min(near, slots), 0, call.key_length, 1, in_order)]
-    if near < slots:
+    if near < slots and far[0] < far[1]:
         groups.append((near, slots, far[0], far[1] - far[0], max(1, tiles // MIN_TILES), True))
     for slot_from, slot_to, key_from, number, parts, is_ordered in groups:
         key_tiles = triton.cdiv(number, keys)

@@ -132,6 +132,6 @@ def _block_mask_of_rows(
     causal: bool, pattern: Pattern, length: int, key_length: int, device: torch.device
 ) -> BlockMask:
     """Of rows that are all alike, and therefore alike in every layer and step."""
-    return _block_mask(
-        mask_mod(causal, pattern, length, key_length, None, None, device), None, length, key_length, device
-    )
+    with torch.inference_mode(False):  # training may find it here
+        visible = mask_mod(causal, pattern, length, key_length, None, None, device)
+        return _block_mask(visible, None, length, key_length, device)
