@@ -20,7 +20,8 @@ WITHOUT_KERNELS = {GatedDelta, KDA, Hierarchical}
 
 
 def compared(subject: str) -> list[tuple[str, torch.dtype]]:
-    """Backends and dtypes. The kernels have no float64; the others have none, or take minutes interpreted (hierarchical: tests/blocks)."""
+    """Backends and dtypes. The kernels have no float64. The delta rule has none, and hierarchical's take minutes when
+    interpreted (tests/blocks compares them once)."""
     modules = {type(module) for module in zoo.build(SUBJECTS[subject], device="meta").modules()}
     kernels = [] if modules & WITHOUT_KERNELS else [("triton", torch.float32)]
     return [("torch", torch.float64), ("torch", torch.float32), *kernels]
