@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tests.ops.helpers import poisoned_memory, relative_error
 from zoo.ops import backend, block_sparse_attention
+from zoo.ops.block_sparse_attention import chunked
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DOCUMENTS = [0, 0, 1, 24, 24, 25, 61, 93, 93]
@@ -69,6 +70,22 @@ def test_fewer_queries_than_keys(length: int, key_length: int) -> None:
 @pytest.mark.parametrize("dims", [(8, 8), (3, 8)])
 def test_heads_and_dims(heads, dims) -> None:
     check(*make(2, 40, 40, heads, dims), block_size=8, scale=0.7)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+@pytest.mark.parametrize("few", [False, True])
+def test_operator_contracts(heads: tuple[int, int], few: bool) -> None:
+    """Fake shapes, strides, aliasing and the autograd registration, as torch.library checks them, of tensors that lie
+    transposed in memory."""
+    tensors, indices = make(2, 1 if few else 20, 20, heads)
+    tensors = [x.float().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in tensors]
+    rest = indices, 8, 0.5, None, None
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(chunked._operator, (*tensors, *rest), test_utils=utils)
+    q, k, v = (x.detach() for x in tensors)
+    out, lse, blocks = chunked._operator(q, k, v, *rest)
+    arguments = (out, lse, q, k, v, blocks, out, lse, *rest[1:])
+    torch.library.opcheck(chunked._backward_operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -119,6 +119,30 @@ def test_the_weights_decide(name: str) -> None:
     assert chosen == [0, 8, 14, 15]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_of_equal_scores_the_latest_is_the_best(name: str, dtype: torch.dtype) -> None:
+    """All keys are alike: the blocks between the ends have the same score, the first lacks what reaches into it."""
+    position = torch.tensor([[1023]])
+    q, k = torch.ones(1, 1, 2, 6, dtype=dtype), torch.ones(1, 63, 1, 6, dtype=dtype)
+    for top_n in range(3, 16):
+        chosen = choose(name, q, k, 0 * position, position, **NSA, top_n=top_n).flatten().tolist()
+        assert chosen == [0, *range(17 - top_n, 16)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_scores_in_any_chunk(dtype: torch.dtype) -> None:
+    """Blocks chosen at once and one query by one; logits and lse are 0, so that scores are exact."""
+    rule = RULES[0]
+    q, k = (torch.zeros_like(x, dtype=dtype) for x in make(1, 60, compressed_of(60, rule)))
+    position, lse = torch.arange(60)[None], q[..., 0]
+    whole = choose("torch", q, k, 0 * position, position, lse=lse, **rule)
+    for t in range(60):
+        now = slice(t, t + 1)
+        alone = choose("torch", q[:, now], k, position[:, :1], position[:, now], lse=lse[:, now], **rule)
+        assert torch.equal(alone[:, 0], whole[:, t])
+
+
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("length", [3, 60])
 def test_lse_may_be_given(length: int, rule: dict[str, Any]) -> None:

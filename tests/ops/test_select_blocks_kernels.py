@@ -69,6 +69,26 @@ def test_some_queries_at_a_time(scores: int, monkeypatch: pytest.MonkeyPatch) ->
     check(*inputs(2, 23, RULES[0]), **RULES[0])
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="looks at what the interpreter reads")
+def test_nothing_is_read_past_the_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(kernels, "MAX_SCORES", 60)
+    q, k, first, position = inputs(1, 23, RULES[0])
+    room = torch.zeros(64, dtype=torch.int64)
+    first, read = room[None, :23].copy_(first), set()
+    load = InterpreterBuilder.create_masked_load
+
+    def watch(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        read.update(pointers.data[mask.data].flatten().tolist())
+        return load(self, pointers, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watch)
+    check(q, k, first, position, **RULES[0])
+    assert {first.data_ptr() + 8 * i for i in range(23)} <= read
+    assert not {first.data_ptr() + 8 * i for i in range(23, 64)} & read
+
+
 @pytest.mark.parametrize("recent", [2, 4])
 def test_recent_blocks(recent: int) -> None:
     rule = RULES[0] | {"select_block": 4, "recent_blocks": recent, "top_n": 5}

@@ -53,15 +53,12 @@ def _select_blocks(
         scores, before = (blocks_of @ weights).unbind(-1)
         scores[..., 1:] += before[..., :-1]
         blocks, own = torch.arange(count, device=q.device), own[:, None, :, None]
-        # Of blocks without any score the latest is the best.
-        scores = torch.where(scores > 0, scores, (blocks - count).to(scores))
         forced = (blocks < first_blocks) | (blocks > own - local_blocks)
         hidden = blocks > own
         if recent_blocks is not None:
             hidden = hidden | ((blocks <= own - recent_blocks) & ~forced)
         scores = scores.masked_fill(forced, torch.inf).masked_fill(hidden, -torch.inf)
-        best = scores.topk(min(top_n, count), sorted=False)
-        found = best.indices.masked_fill(best.values == -torch.inf, -1)
+        found = _best(scores, min(top_n, count))
         chosen[:, now, :, : found.shape[-1]] = found.transpose(1, 2)
     return chosen
 
@@ -74,6 +71,18 @@ def _summed(logits: Tensor, lse: Tensor | None) -> Tensor:
         return logits.sub_(lse).exp_().sum(2)
     p, _, sums = exponentials(logits)
     return p.div_(sums).sum(2)
+
+
+def _best(scores: Tensor, top_n: int) -> Tensor:
+    """`[..., top_n]`: where scores `[..., count]` are highest, of equal ones the latest; -1 for negative ones."""
+    count = scores.shape[-1]
+    if scores.dtype == torch.float64:
+        best = scores.flip(-1).sort(stable=True, descending=True)
+        return (count - 1 - best.indices[..., :top_n]).masked_fill_(best.values[..., :top_n] < 0, -1)
+    # Whole numbers that hold the score, then the block: floats from 0 on are in the order of their bits.
+    keys = (scores.view(torch.int32).long() << 31) + torch.arange(count, device=scores.device)
+    best = keys.topk(top_n, sorted=False).values
+    return (best & (2**31 - 1)).masked_fill_(best < 0, -1)
 
 
 @_select_blocks.register_fake

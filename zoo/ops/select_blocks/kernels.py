@@ -10,7 +10,7 @@ columns are blocks to choose: nothing is pooled from one column to another, for 
 multiplications, 1.25 in NSA. No product has a computed operand.
 
 Blocks are compared as whole numbers that hold the score and then the block, so that of equal scores the latest is the
-best, whatever the chunk. torch.topk takes any of them, and reads a row once for every two bits of its numbers.
+best, whatever the chunk. torch.topk of them would read a row once for every two bits.
 
 Legend: B batch, T queries, H heads, K key heads, G = H/K, C compressed keys, J blocks.
 """
@@ -60,11 +60,11 @@ def _tiles(dtype: torch.dtype, dim: int) -> _Tiles:
 
 
 @triton.jit
-def _rows_of(tile, first, visible, row, length, G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr):
+def _rows_of(tile, first, visible, row, length, queries, G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr):
     """`(query, head, real, begin, count)` of a tile's rows: begin and count are those of the keys that each sees."""
     query = tile * (ROWS // GROUP) + tl.arange(0, ROWS) // GROUP
     head = tl.arange(0, ROWS) % GROUP
-    real = (query < length) & (head < G)
+    real = (query < queries) & (head < G)
     begin = tl.load(first + row * length + query, mask=real, other=0)
     count = tl.load(visible + row * length + query, mask=real, other=0)
     return query, head, real, begin, count
@@ -101,7 +101,7 @@ def _lse_kernel(
     tile = program % tiles
     group = (program // tiles) % K
     row = program // tiles // K
-    query, head, real, begin, count = _rows_of(tile, first, visible, row, length, G, GROUP, ROWS)
+    query, head, real, begin, count = _rows_of(tile, first, visible, row, length, length, G, GROUP, ROWS)
     dim = tl.arange(0, BD)
     inside = (dim < D)[None, :]
     at = row * q_row + query * q_token + (group * G + head) * q_head
@@ -167,10 +167,9 @@ def _score_kernel(
     tile = program % tiles
     group = (program // tiles) % K
     row = program // tiles // K
-    # Queries are counted from `start` in the tile, and up to its end.
-    query, head, real, begin, count = _rows_of(tile, first + start, visible + start, row, length, G, GROUP, ROWS)
-    real = real & (query < queries)
-    count = tl.where(real, count, 0)
+    # Queries are counted from `start`.
+    first, visible = first + start, visible + start
+    query, head, real, begin, count = _rows_of(tile, first, visible, row, length, queries, G, GROUP, ROWS)
     own = tl.load(position + start + row * length + query, mask=real, other=-1)
     own = tl.where(own < 0, -1, own // SELECT)
     # Tiles with nothing to choose are not read either.
