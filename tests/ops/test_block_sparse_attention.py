@@ -135,6 +135,16 @@ def test_padded_rows(kind: str, length: int, key_length: int) -> None:
                 assert torch.allclose(results["out"][row, real], alone[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("length", [1, 30])
+def test_nan_in_padding_stays_there(length: int) -> None:
+    tensors, indices = make(2, length, 30)
+    mask = torch.arange(30) >= torch.tensor([[0], [11]])
+    poisoned = [x.masked_fill(~mask[:, -x.shape[1] :, None, None], torch.nan) for x in tensors]
+    expected = run("torch", tensors, indices, torch.float64, block_size=8, key_mask=mask)
+    for name, x in run("torch", poisoned, indices, torch.float64, block_size=8, key_mask=mask).items():
+        assert torch.equal(x, expected[name]), name
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_all_blocks_are_dense_attention(name: str) -> None:
     """In any order, each twice, with some beyond the end: torch's own attention."""

@@ -166,6 +166,8 @@ def _blocks(places: Places, blocks: Tensor) -> Iterator[_Block]:
     ends = torch.full_like(begins, places.key_length)
     if places.cu_seqlens is not None:
         ends = places.cu_seqlens[1:].long()[places.document[columns]]
+    if places.position is not None:  # what is masked is never multiplied: it may be NaN
+        ends = places.position.amax(1)[rows] + 1
     seen = places.of_queries(places.per_key())[queries] + 1 - blocks.flatten()[choices].long() * size
     inside = torch.arange(size, device=places.device)
     spans = zip(first.tolist(), counts[some].tolist(), strict=True)

@@ -37,7 +37,8 @@ def select_blocks(
 
     where selected block j is the tokens j l' ... (j + 1) l' - 1 (l' select_block). With l'/d = 4 and l/d = 2 these
     are compressed blocks 4j-1 ... 4j+3 with weights 1, 2, 2, 2, 1. The document's first `first_blocks` blocks and the
-    last `local_blocks` up to the query's own are always chosen, the rest by score, of equal ones the latest. No gradient.
+    last `local_blocks` up to the query's own are always chosen, the rest by score, of equal ones the latest. There is
+    no gradient.
 
     Args:
         q: `[batch, length, heads, head_dim]`.
