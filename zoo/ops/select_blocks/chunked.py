@@ -77,8 +77,8 @@ def _best(scores: Tensor, top_n: int) -> Tensor:
     """`[..., top_n]`: where scores `[..., count]` are highest, of equal ones the latest; -1 for negative ones."""
     count = scores.shape[-1]
     if scores.dtype == torch.float64:
-        best = scores.flip(-1).sort(stable=True, descending=True)
-        return (count - 1 - best.indices[..., :top_n]).masked_fill_(best.values[..., :top_n] < 0, -1)
+        values, order = (x[..., :top_n] for x in scores.flip(-1).sort(stable=True, descending=True))
+        return (count - 1 - order).masked_fill_(values < 0, -1)
     # Whole numbers that hold the score, then the block: floats from 0 on are in the order of their bits.
     keys = (scores.view(torch.int32).long() << 31) + torch.arange(count, device=scores.device)
     best = keys.topk(top_n, sorted=False).values
