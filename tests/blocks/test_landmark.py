@@ -13,7 +13,7 @@ import zoo
 from tests.blocks.helpers import assert_close, build_part, model_config, perturb, random_input
 from zoo import ops
 from zoo.blocks import SequenceContext, landmark
-from zoo.blocks.storage import StorageError
+from zoo.blocks.storage import Storage, StorageError
 from zoo.schema import FieldError
 
 HIDDEN = 24
@@ -302,6 +302,7 @@ def test_what_is_kept_elsewhere_does_not_move_to_the_device():
     state = in_place(mixer, "cpu", None)
     steps(mixer, x, state, [30])
     state.to("meta")
+    assert "mask" not in state._buffers  # which would stay behind
     assert {name: state[name].device.type for name in state.tensors} == {"keys": "cpu", "values": "cpu", "mask": "meta"}
     assert state.nbytes() == 2 * (6 * 2 * 6 * 8 + 30)
 
@@ -319,11 +320,12 @@ def test_a_cache_kept_elsewhere_can_be_rearranged_saved_and_reset(place, tmp_pat
         (lambda state: state.offload(), 2),
         (lambda state: state.load({name: tensor.clone() for name, tensor in state.tensors.items()}), 2),
         (lambda state: state.reset(), 2),
+        (copy.deepcopy, 2),
     ]:
         outs = []
         for state in (mixer.new_state(2, x.device, x.dtype), in_place(mixer, place, tmp_path)):
             steps(mixer, prompt, state, [30, 7])
-            rearrange(state)
+            state = rearrange(state) or state
             outs.append(steps(mixer, rest[:rows], state, [1] * 12 + [11]))
         assert torch.equal(*outs)
         assert state.storage is not None and state["keys"].shape[0] == rows
@@ -367,6 +369,12 @@ def test_places_that_cannot_keep_a_cache(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match="No space left on device"):
         state.keep_in(tmp_path)
     assert not list(tmp_path.glob("zoo-cache-*"))
+
+
+def test_files_where_no_system_call_takes_their_room(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    tensor = Storage(tmp_path).empty((3, 5), torch.float64)
+    assert tensor.fill_(2.0).sum() == 30 and tensor.data_ptr() in {start for start in mapped_files()}
 
 
 def test_packed_documents_do_not_continue_a_state():

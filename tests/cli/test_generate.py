@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -181,6 +183,24 @@ def test_a_cache_that_cannot_be_kept_elsewhere(saved: Path, tmp_path: Path, caps
         f"--offload: {missing}: cannot keep 1 bytes of the cache (No such file or directory); give `cpu`, or a folder "
         "that can be written to and has room"
     )
+
+
+def test_a_disk_that_fills_while_generating(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path, **LANDMARK)
+    take = os.posix_fallocate
+
+    def fill(file: int, start: int, size: int) -> None:
+        if size > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        take(file, start, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", fill)
+    assert main(["generate", str(tmp_path), "--prompt", "x", "--offload", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "x" and err.count("\n") == 1
+    assert f"--offload: {tmp_path}: cannot keep " in err and "No space left on device" in err
 
 
 def test_bytes_that_are_no_text_come_out_as_replacements() -> None:

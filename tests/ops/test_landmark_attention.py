@@ -379,3 +379,11 @@ def test_mistakes_are_named() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             landmark_attention(*arguments, **options)
+
+
+@TOP_K
+def test_no_real_token_at_all(top_k: int | None) -> None:
+    x, mask = torch.randn(1, 3, 2, 8, requires_grad=True), torch.zeros(1, 3, dtype=torch.bool)
+    with backend("torch"):
+        out = landmark_attention(x, x, x, mask, key_mask=mask, top_k=top_k)
+    assert not out.any() and not torch.autograd.grad(out.sum(), x)[0].any()

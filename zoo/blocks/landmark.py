@@ -25,6 +25,7 @@ B batch, T length, H query heads, K key/value heads, G = H/K, D head_dim, M bloc
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -274,7 +275,9 @@ class LandmarkState(KeyValueState):
     def to(self, device: torch.device | str) -> Self:
         if self.storage is None:
             return super().to(device)
-        self.tensors["mask"] = self["mask"].to(device)
+        if self["mask"].device != torch.device(device):
+            self.tensors["mask"] = self["mask"].to(device)
+            self._buffers.pop("mask", None)
         if self._resident is not None:
             self._resident = self._resident.to(device)
         return self
@@ -282,6 +285,12 @@ class LandmarkState(KeyValueState):
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         super().load(tensors)
         self._store()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """In the storage too, if this one is."""
+        twin = copy.copy(self)
+        twin._map(torch.clone)
+        return twin
 
     def reset(self) -> None:
         super().reset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -28,6 +29,16 @@ class Storage:
         self.folder = None if place == "cpu" else Path(place)
         self.empty((1,), torch.uint8)
 
+    @staticmethod
+    def _take_room(file: IO[bytes], size: int) -> None:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        piece = bytes(min(size, 2**24))  # macOS has none
+        for start in range(0, size, len(piece)):
+            file.write(piece[: size - start])
+        file.flush()
+
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor whose content is undefined."""
         size = torch.Size(shape).numel()
@@ -35,7 +46,7 @@ class Storage:
             return torch.empty(shape, dtype=dtype)
         try:
             with tempfile.NamedTemporaryFile(prefix="zoo-cache-", dir=self.folder) as file:
-                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+                self._take_room(file, size * dtype.itemsize)
                 return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
         except OSError as error:
             needed = f"{size * dtype.itemsize:,} bytes of the cache"

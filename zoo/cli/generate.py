@@ -93,16 +93,19 @@ def run(arguments: Namespace) -> None:
         return
     cache = {} if arguments.offload is None else {"past_key_values": offloaded_cache(model, arguments.offload)}
     sys.stdout.write(arguments.prompt)
-    output = model.generate(
-        input_ids.to(model.device),
-        attention_mask=torch.ones_like(input_ids, device=model.device),
-        max_new_tokens=arguments.max_new_tokens or MAX_NEW_TOKENS,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        streamer=printer if arguments.stream else None,
-        **cache,
-        **sampling,
-    )
+    try:
+        output = model.generate(
+            input_ids.to(model.device),
+            attention_mask=torch.ones_like(input_ids, device=model.device),
+            max_new_tokens=arguments.max_new_tokens or MAX_NEW_TOKENS,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            streamer=printer if arguments.stream else None,
+            **cache,
+            **sampling,
+        )
+    except StorageError as error:
+        raise CommandError(f"--offload: {error}") from None
     if not arguments.stream:
         printer.put(output[:, : input_ids.shape[1]])
         printer.put(output[:, input_ids.shape[1] :])

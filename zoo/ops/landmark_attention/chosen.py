@@ -81,7 +81,7 @@ def _forward(
         each[..., -1] = sums[:-1].view(shape)[..., -1]
         pi[:, heads] = each.softmax(-1).nan_to_num_(0.0)  # of a query that sees nothing
         lse[:, heads] = sums[:-1].view(shape)
-        out[:, heads] = (pi[:, heads, :, None] @ read[:-1].view(*shape, -1))[..., 0, :]
+        out[:, heads] = (pi[:, heads, :, None] @ read[:-1].view(*shape, v.shape[3]))[..., 0, :]
     return (
         blocks.of_queries(out, q.shape).to(q.dtype),
         blocks.of_queries(chosen, q.shape, -1),
@@ -132,7 +132,7 @@ def _backward(
             size.hand_out(by_group[1], grad_v[:, heads])
             if not size.own:
                 size.hand_out_to_landmarks(by_group[2], grad_k[:, heads])
-        grad_q[:, heads] = read[:-1].view(*chosen[:, heads].shape, -1).sum(-2)
+        grad_q[:, heads] = read[:-1].view(*chosen[:, heads].shape, q.shape[3]).sum(-2)
     return (
         blocks.of_queries(grad_q * scale, q.shape).to(q.dtype),
         blocks.of_keys(grad_k, k).to(k.dtype),

@@ -8,8 +8,9 @@ c_b = sum_{j in b} a_j dP_j,
     earlier block  P_j = pi_b exp(s_j - L_b),   ds_j = P_j (dP_j - c_b),   ds_landmark(b) = pi_b (c_b - D)
 
 L_b and c_b of a query and an earlier block are a sum over the block alone, so a tile that holds the block has them at
-once, and none is ever stored. A block longer than a tile is read twice in the backward: once for them, once more to use
-them. Nothing is of the length squared; the work is.
+once, and none is ever stored. A block of t tiles is read anew for them in the backward: once more by each tile of
+queries, and once more by each of its t tiles of keys, which makes that part of the work t times as much. No memory is of
+the length squared; the work is.
 
     _forward_kernel   out and Z, a tile of queries over all blocks it sees
     _query_kernel     dq, the same way
@@ -22,8 +23,12 @@ tile (longer ones are left to PyTorch): the choice is a product and a top-k of i
     _group_kernel     dk and dv of a block, over all of its lists, and each entry's part of dq
 
 Padding is taken out before; then the ordinary keys of a block lie side by side, its landmark behind them. As in
-linear_attention, a computed tile is the right-hand operand of a product, hence results come transposed. Operands are of
-the inputs' dtype, sums float32; logarithms binary.
+linear_attention, a computed tile is the right-hand operand of a product on wgmma, hence results come transposed.
+Operands are of the inputs' dtype, sums float32; logarithms binary.
+
+A program has 4 warps where every tile has 64 in both directions, else 2, which cannot use wgmma (both for the sake of
+Triton 3.6 and 3.7: see interval_attention and block_sparse_attention). Of landmarks there are fewer: as the 16 rows of
+a left-hand operand they keep wgmma away by themselves.
 
 Legend: N queries, S keys, H heads, K kv heads, D and V the head dims, B blocks. A program has M queries, and keys in
 tiles of KEYS. Landmarks are compared GROUP at a time.
@@ -77,19 +82,36 @@ def landmark_attention(
 
 
 class _Tiles(NamedTuple):
-    """Queries and warps of a program, and the longest block that is one tile of keys."""
+    """Queries, keys and warps of a program."""
 
     queries: int
-    warps: int
     keys: int
+    warps: int
 
 
-def _tiles(dtype: torch.dtype, dim: int) -> _Tiles:
-    # Unrolled into single multiplications, larger products of float32 do not fit the registers.
+WGMMA = _Tiles(64, 64, 4)
+
+
+def _tiles(dtype: torch.dtype, dims: tuple[int, int], longest: int) -> _Tiles:
+    """For blocks of up to so many keys."""
+    dim = max(_power(x) for x in dims)
     if dtype == torch.float32:
-        return _Tiles(16, 4, 32 if dim <= 128 else 16)
-    # With 4 warps, ptxas spills three times as much.
-    return _Tiles(64, 8, 128 if dim <= 64 else 64) if dim <= 128 else _Tiles(32, 8, 32)
+        # Unrolled into single multiplications, larger products do not fit the registers.
+        tiles = _Tiles(16, 32 if dim <= 128 else 16, 4 if _precision() == "ieee" else 2)
+    elif longest > 32 and dim <= 128 and min(dims) > 32:
+        tiles = WGMMA
+    else:
+        tiles = _Tiles(32 if dim <= 64 else 16, min(64, 4096 // dim), 2)
+    return tiles._replace(keys=min(tiles.keys, _power(longest)))
+
+
+def _power(size: int) -> int:
+    """The least tile that holds so many."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def _precision() -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 class _Launch:
@@ -114,10 +136,9 @@ class _Launch:
     ) -> None:
         self.blocks = blocks = _Blocks(q, is_landmark, cu_seqlens, key_mask)
         self.heads, self.kv_heads = q.shape[2], k.shape[2]
-        dim = max(q.shape[3], v.shape[3])
-        tiles = _tiles(q.dtype, triton.next_power_of_2(dim))
-        longest = int(blocks.count.max()) if len(blocks.count) else 0
-        keys = max(16, min(tiles.keys, triton.next_power_of_2(max(1, longest))))
+        longest = int(blocks.count.max()) if len(blocks.count) else 1
+        tiles = _tiles(q.dtype, (q.shape[3], v.shape[3]), longest)
+        keys = tiles.keys
         self.by_query = torch.stack([blocks.first_block, blocks.own, blocks.place]).int()
         index = torch.arange(len(blocks.count), device=q.device)
         seen = torch.searchsorted(blocks.own, index), torch.searchsorted(blocks.first_block, index, right=True)
@@ -132,12 +153,12 @@ class _Launch:
             "K": self.kv_heads,
             "DIM": q.shape[3],
             "V_DIM": v.shape[3],
-            "BD": max(16, triton.next_power_of_2(q.shape[3])),
-            "BV": max(16, triton.next_power_of_2(v.shape[3])),
+            "BD": _power(q.shape[3]),
+            "BV": _power(v.shape[3]),
             "M": tiles.queries,
             "KEYS": keys,
             "WHOLE": longest <= keys,
-            "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+            "PRECISION": _precision(),
             "num_warps": tiles.warps,
         }
         self.sizes = self.queries, self.by_block.shape[1], scale * LOG2E
@@ -222,6 +243,14 @@ def _load(x, row, inside, head, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: t
     dim = tl.arange(0, BLOCK)
     offset = (row.to(tl.int64) * HEADS + head) * DIM
     return tl.load(x + offset[:, None] + dim[None, :], mask=inside[:, None] & (dim < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_one(x, row, inside, head, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """One row of a head, float32."""
+    dim = tl.arange(0, BLOCK)
+    offset = (row.to(tl.int64) * HEADS + head) * DIM
+    return tl.load(x + offset + dim, mask=inside & (dim < DIM), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -396,7 +425,6 @@ def _query_kernel(
         scores = tl.dot(landmark, tl.trans(q), input_precision=PRECISION) * factor
         seen = stands[:, None] & (block_of[:, None] >= first[None, :]) & (block_of[:, None] < own[None, :])
         pi = tl.where(seen, tl.exp2(tl.where(seen, scores, 0.0) - z_sum[None, :]), 0.0)
-        of_landmarks = tl.zeros([GROUP, M], tl.float32)
         for block in range(group, tl.minimum(group + GROUP, last + 1)):
             start = tl.load(by_block + block)
             count = tl.load(by_block + num_blocks + block)
@@ -418,9 +446,9 @@ def _query_kernel(
                 )  # fmt: skip
             share = tl.sum(tl.where(block_of[:, None] == block, pi, 0.0), 0)
             centre = tl.where(is_own, total, products)
-            of_landmarks += tl.where(
-                (block_of[:, None] == block) & (is_own == 0)[None, :], (share * (centre - total))[None, :], 0.0
-            )
+            stands_here = tl.load(by_block + 2 * num_blocks + block) > 0
+            one = _load_one(keys, start + count, stands_here, kv_head, K, DIM, BD)
+            acc += one[:, None] * tl.where(is_own, 0.0, share * (centre - total))[None, :]
             base = tl.where(is_own, z_sum, m + tl.log2(sums))
             share = tl.where(is_own, 1.0, share)
             if WHOLE:
@@ -433,7 +461,6 @@ def _query_kernel(
                     grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
                     grad_s = tl.exp2(s - base[None, :]) * share[None, :] * (grad_p - centre[None, :])
                     acc = tl.dot(tl.trans(k), grad_s.to(k.dtype), acc, input_precision=PRECISION)
-        acc = tl.dot(tl.trans(landmark), of_landmarks.to(landmark.dtype), acc, input_precision=PRECISION)
     _store_transposed(grad_q, row, inside, head, H, DIM, BD, acc * scale)
 
 
@@ -522,7 +549,7 @@ def _key_kernel(
     landmark = _load(keys, start + count + tl.zeros([GROUP], tl.int32), is_first & stands, kv_head, K, DIM, BD)
     acc_k = tl.zeros([BD, KEYS], tl.float32)
     acc_v = tl.zeros([BV, KEYS], tl.float32)
-    acc_landmark = tl.zeros([BD, GROUP], tl.float32)
+    acc_landmark = tl.zeros([GROUP, BD], tl.float32)
     for n in range(0, (H // K) * tl.cdiv(stop - query, M)):
         head = kv_head * (H // K) + n % (H // K)
         row = query + (n // (H // K)) * M + tl.arange(0, M)
@@ -533,9 +560,13 @@ def _key_kernel(
         z_sum = tl.load(lse + row.to(tl.int64) * H + head, mask=inside, other=float("inf"))
         total = tl.load(totals + row.to(tl.int64) * H + head, mask=inside, other=0.0)
         is_own = own == block
-        scores = tl.dot(q, tl.trans(landmark), input_precision=PRECISION) * factor
-        z = tl.sum(tl.where(is_first[None, :], scores, 0.0), 1)
+        scores = tl.dot(landmark, tl.trans(q), input_precision=PRECISION) * factor
+        z = tl.sum(tl.where(is_first[:, None], scores, 0.0), 0)
         pi = tl.where(stands & (is_own == 0), tl.exp2(z - z_sum), 0.0)
+        if not WHOLE:
+            m, sums, products = _within(
+                q, grad, keys, values, start, count, place, kv_head, factor, K, DIM, V_DIM, BD, BV, M, KEYS, PRECISION
+            )
         seen = inside[:, None] & inside_keys[None, :] & ((start + index)[None, :] <= place[:, None])
         s = tl.where(seen, tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor, float("-inf"))
         grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
@@ -545,23 +576,19 @@ def _key_kernel(
             sums = tl.sum(p, 1)
             sums = tl.where(sums > 0, sums, 1.0)
             products = tl.sum(p * grad_p, 1) / sums
-        else:
-            m, sums, products = _within(
-                q, grad, keys, values, start, count, place, kv_head, factor, K, DIM, V_DIM, BD, BV, M, KEYS, PRECISION
-            )
         centre = tl.where(is_own, total, products)
         base = tl.where(is_own, z_sum, m + tl.log2(sums))
         p = tl.exp2(s - base[:, None]) * tl.where(is_own, 1.0, pi)[:, None]
         grad_s = p * (grad_p - centre[:, None])
         acc_v = tl.dot(tl.trans(grad), p.to(grad.dtype), acc_v, input_precision=PRECISION)
         acc_k = tl.dot(tl.trans(q), grad_s.to(q.dtype), acc_k, input_precision=PRECISION)
-        of_landmark = tl.where(is_first[None, :], (pi * (centre - total))[:, None], 0.0)
-        acc_landmark = tl.dot(tl.trans(q), of_landmark.to(q.dtype), acc_landmark, input_precision=PRECISION)
+        of_landmark = tl.where(is_first[:, None], (pi * (centre - total))[None, :], 0.0)
+        acc_landmark = tl.dot(of_landmark.to(q.dtype), q, acc_landmark, input_precision=PRECISION)
     _store_transposed(grad_k, start + index, inside_keys, kv_head, K, DIM, BD, acc_k * scale)
     _store_transposed(grad_v, start + index, inside_keys, kv_head, K, V_DIM, BV, acc_v)
     place = start + count + tl.zeros([GROUP], tl.int32)
     is_there = is_first & stands & (before == 0)
-    _store_transposed(grad_k, place, is_there, kv_head, K, DIM, BD, acc_landmark * scale)
+    _store_transposed(grad_k, place, is_there, kv_head, K, DIM, BD, tl.trans(acc_landmark * scale))
 
 
 class Lists:
@@ -569,7 +596,7 @@ class Lists:
 
     @staticmethod
     def fit(size: _Size, keys: Tensor, values: Tensor) -> bool:
-        return size.width <= _tiles(keys.dtype, triton.next_power_of_2(max(keys.shape[2], values.shape[2]))).keys
+        return size.width <= _tiles(keys.dtype, (keys.shape[2], values.shape[2]), size.width).keys
 
     @staticmethod
     def read(
@@ -625,29 +652,27 @@ def _list_arguments(
     size: _Size, heads: slice, keys: Tensor, values: Tensor, scale: float
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     dims = keys.shape[2], values.shape[2]
-    tiles = _tiles(keys.dtype, triton.next_power_of_2(max(dims)))
+    tiles = _tiles(keys.dtype, dims, size.width)
     blocks = size.lists.blocks
     by_group = torch.stack([size.start, size.count, heads.start + size.kv_head, blocks.landmark[size.block]])
-    given = size.filled, by_group, blocks.place, size.lists.entries, len(size.group), scale
+    given = size.filled, by_group, blocks.place, size.lists.entries, len(size.group), size.width, size.length, scale
     return given, {
-        "C": size.length,
         "K": keys.shape[1],
         "SLOTS": size.lists.slots,
         "ROWS": size.lists.kv_heads * size.lists.shared,
-        "WIDTH": size.width,
         "OWN": size.own,
         "DIM": dims[0],
         "V_DIM": dims[1],
-        "BD": max(16, triton.next_power_of_2(dims[0])),
-        "BV": max(16, triton.next_power_of_2(dims[1])),
-        "M": max(16, min(tiles.queries, size.length)),
-        "KEYS": max(16, triton.next_power_of_2(size.width)),
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "BD": _power(dims[0]),
+        "BV": _power(dims[1]),
+        "M": tiles.queries,
+        "KEYS": tiles.keys,
+        "PRECISION": _precision(),
         "num_warps": tiles.warps,
     }
 
 
-@triton.jit(do_not_specialize=["entries", "num_groups"])
+@triton.jit(do_not_specialize=["entries", "num_groups", "width", "length"])
 def _list_kernel(
     q_rows,  # [rows, DIM]
     keys,  # [S, K, DIM]
@@ -655,17 +680,17 @@ def _list_kernel(
     sums,  # [entries + 1]
     read,  # [entries + 1, V_DIM]
     group_of,  # [lists]
-    filled,  # [lists, C]
+    filled,  # [lists, length]
     by_group,  # [4, groups]: first key, keys, kv head, landmark
     place_of,  # [N]
     entries,
     num_groups,
+    width,
+    length,
     scale,
-    C: tl.constexpr,
     K: tl.constexpr,
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
     OWN: tl.constexpr,
     DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -675,10 +700,10 @@ def _list_kernel(
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    per_list: tl.constexpr = (C + M - 1) // M
+    per_list = tl.cdiv(length, M)
     each = (tl.program_id(0) // per_list).to(tl.int64)
     place = (tl.program_id(0) % per_list) * M + tl.arange(0, M)
-    entry = tl.load(filled + each * C + place, mask=place < C, other=entries)
+    entry = tl.load(filled + each * length + place, mask=place < length, other=entries)
     inside = entry < entries
     row = entry // SLOTS
     group = tl.load(group_of + each)
@@ -703,7 +728,7 @@ def _list_kernel(
     tl.store(sums + entry, (m + tl.log2(total)) / 1.4426950408889634, mask=inside)
 
 
-@triton.jit(do_not_specialize=["entries", "num_groups"])
+@triton.jit(do_not_specialize=["entries", "num_groups", "width", "length"])
 def _group_kernel(
     q_rows,  # [rows, DIM]
     g_rows,  # [rows, V_DIM], gradients of out
@@ -713,21 +738,21 @@ def _group_kernel(
     sums,  # [entries + 1], L
     totals,  # [rows], D
     read,  # [entries + 1, DIM], of dq
-    grad_k,  # [groups, WIDTH, DIM]
-    grad_v,  # [groups, WIDTH, V_DIM]
+    grad_k,  # [groups, width, DIM]
+    grad_v,  # [groups, width, V_DIM]
     grad_landmark,  # [groups, DIM]
     lists_of_group,  # [2, groups]: the first list, and how many
-    filled,  # [lists, C]
+    filled,  # [lists, length]
     by_group,  # [4, groups]: first key, keys, kv head, landmark
     place_of,  # [N]
     entries,
     num_groups,
+    width,
+    length,
     scale,
-    C: tl.constexpr,
     K: tl.constexpr,
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
     OWN: tl.constexpr,
     DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -748,12 +773,13 @@ def _group_kernel(
     dim = tl.arange(0, BD)
     acc_k = tl.zeros([BD, KEYS], tl.float32)
     acc_v = tl.zeros([BV, KEYS], tl.float32)
-    acc_landmark = tl.zeros([BD], tl.float32)
+    is_first = tl.arange(0, GROUP) == 0
+    acc_landmark = tl.zeros([GROUP, BD], tl.float32)
     if not OWN:
         where = tl.load(by_group + 3 * num_groups + group)
         landmark = tl.load(keys + (where * K + head) * DIM + dim, mask=dim < DIM, other=0.0).to(tl.float32)
-    first = tl.load(lists_of_group + group) * C
-    size = tl.load(lists_of_group + num_groups + group) * C
+    first = tl.load(lists_of_group + group) * length
+    size = tl.load(lists_of_group + num_groups + group) * length
     for i in range(0, size, M):
         step = i + tl.arange(0, M)
         entry = tl.load(filled + first + step, mask=step < size, other=entries)
@@ -785,13 +811,16 @@ def _group_kernel(
         if not OWN:
             of_landmark = share * (centre - total)
             grad_q += landmark[:, None] * of_landmark[None, :]
-            acc_landmark += tl.sum(q.to(tl.float32) * of_landmark[:, None], 0)
+            of_landmark = tl.where(is_first[:, None], of_landmark[None, :], 0.0)
+            acc_landmark = tl.dot(of_landmark.to(q.dtype), q, acc_landmark, input_precision=PRECISION)
         _store_transposed(read, entry, inside, 0, 1, DIM, BD, grad_q)
-    inside_group = index < WIDTH
-    _store_transposed(grad_k, group * WIDTH + index, inside_group, 0, 1, DIM, BD, acc_k * scale)
-    _store_transposed(grad_v, group * WIDTH + index, inside_group, 0, 1, V_DIM, BV, acc_v)
+    inside_group = index < width
+    _store_transposed(grad_k, group * width + index, inside_group, 0, 1, DIM, BD, acc_k * scale)
+    _store_transposed(grad_v, group * width + index, inside_group, 0, 1, V_DIM, BV, acc_v)
     if not OWN:
-        tl.store(grad_landmark + group * DIM + dim, acc_landmark * scale, mask=dim < DIM)
+        _store_transposed(
+            grad_landmark, group + tl.zeros([GROUP], tl.int64), is_first, 0, 1, DIM, BD, tl.trans(acc_landmark * scale)
+        )
 
 
 @_forward.register_fake
