@@ -8,9 +8,9 @@ c_b = sum_{j in b} a_j dP_j,
     earlier block  P_j = pi_b exp(s_j - L_b),   ds_j = P_j (dP_j - c_b),   ds_landmark(b) = pi_b (c_b - D)
 
 L_b and c_b of a query and an earlier block are a sum over the block alone, so a tile that holds the block has them at
-once, and none is ever stored. A block of t tiles is read anew for them in the backward: once more by each tile of
-queries, and once more by each of its t tiles of keys, which makes that part of the work t times as much. No memory is of
-the length squared; the work is.
+once, and none is ever stored. The backward reads a longer block, of t tiles, once more for them with each tile of
+queries, and for dk and dv with each of its own t tiles too: t + 1 times. No memory is of the length squared; the work
+is.
 
     _forward_kernel   out and Z, a tile of queries over all blocks it sees
     _query_kernel     dq, the same way
