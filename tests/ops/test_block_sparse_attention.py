@@ -1,4 +1,4 @@
-"""zoo/ops/block_sparse_attention: gathered blocks against the reference, that against SDPA and fla."""
+"""zoo/ops/block_sparse_attention: chunked PyTorch against the reference, that against SDPA and fla."""
 
 from itertools import pairwise
 from typing import Any
@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tests.ops.helpers import poisoned_memory, relative_error
 from zoo.ops import backend, block_sparse_attention
 from zoo.ops.block_sparse_attention import chunked
+from zoo.ops.block_sparse_attention.places import Places
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DOCUMENTS = [0, 0, 1, 24, 24, 25, 61, 93, 93]
@@ -133,6 +134,30 @@ def test_padded_rows(kind: str, length: int, key_length: int) -> None:
                 own = [x[row : row + 1, real] for x in tensors]
                 alone = block_sparse_attention(*own, indices[row : row + 1, real], block_size=8)
                 assert torch.allclose(results["out"][row, real], alone[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("most", [1, 300])
+def test_few_blocks_at_a_time(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "MAX_LOGITS", most)
+    tensors, indices = make(3, 60, 60)
+    mask = torch.arange(60) >= torch.tensor([[0], [11], [40]])
+    check(tensors, indices, block_size=8, key_mask=mask)
+    tensors, indices = make(1, 93, 93)
+    check(tensors, indices, block_size=8, cu_seqlens=torch.tensor(DOCUMENTS, dtype=torch.int32))
+
+
+def test_what_goes_together() -> None:
+    """No query twice, and at most as many empty places as queries."""
+    (q, k, _), indices = make(1, 93, 93)
+    places = Places(q, k, 8, torch.tensor(DOCUMENTS, dtype=torch.int32), None)
+    blocks = places.blocks(indices)
+    batches, none = list(chunked._batches(places, blocks, 2)), blocks.numel()
+    real = [batch.choices[batch.choices < none] for batch in batches]
+    assert torch.cat(real).sort().values.equal((blocks.flatten() >= 0).nonzero()[:, 0])
+    assert max(len(batch.choices) for batch in batches) > 2
+    for batch, choices in zip(batches, real, strict=True):
+        rows = batch.rows[batch.choices < none]
+        assert len(rows.unique()) == len(rows) and 2 * len(choices) >= batch.choices.numel()
 
 
 @pytest.mark.parametrize("length", [1, 30])

@@ -1,8 +1,10 @@
-"""block_sparse_attention a block of keys at a time, for all the queries that chose it: memory is linear in the length.
+"""block_sparse_attention some blocks of keys at a time, each for all the queries that chose it: memory is linear in the
+length.
 
-The keys of a block are multiplied where they stand, only queries are gathered and outputs added up: with as many of
-either as there are choices, S G D numbers for a query where copying the blocks would take S C D. The forward goes twice
-over the blocks, for lse and for out. The backward computes the probabilities again, from lse:
+Queries are gathered and outputs added up: with as many of either as there are choices, S G D numbers for a query where
+copying the blocks would take S C D. Blocks at the same place, of other rows, documents or heads, go together where
+about as many queries chose them; no query chose two of those, so outputs are added up in the same order on any device.
+The forward goes twice over the blocks, for lse and for out. The backward computes the probabilities again, from lse:
 
     P = exp(S - lse),   dV = P^T dO,   dS = P * (dO V^T - delta),   delta = rowsum(dO * O) - dlse
     dQ = dS K,   dK = dS^T Q
@@ -19,10 +21,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from zoo.ops.block_sparse_attention.autograd import register
 from zoo.ops.block_sparse_attention.places import Places
 from zoo.ops.dispatch import implements
+
+MAX_LOGITS = 2**19  # of blocks that go together
 
 
 @implements("block_sparse_attention", "torch")
@@ -58,15 +63,17 @@ def _forward(
     if queries * chosen < places.base()[1]:
         out, lse = _gathered(rows, k, v, blocks, places)
     else:
-        whole = list(_blocks(places, blocks))
-        parts = rows.new_full((queries * kv_heads * chosen, rows.shape[2]), -torch.inf)
-        for block in whole:
-            parts[block.choices] = block.logits(rows, k).logsumexp(-1)
-        lse = parts.view(queries, kv_heads, chosen, -1).logsumexp(2).transpose(0, 1)
-        out = rows.new_zeros(*rows.shape[:3], v.shape[3])
-        for block in whole:
-            p = block.probabilities(rows, k, lse)
-            out[block.head].index_add_(0, block.queries, (p.flatten(0, 1) @ block.of(v)).view(*p.shape[:2], -1))
+        whole, flat = list(_batches(places, blocks, rows.shape[2])), _with_zero(rows)
+        k, v = (_keys_with_zero(x) for x in (k, v))
+        parts = flat.new_full((blocks.numel() + 1, rows.shape[2]), -torch.inf)
+        for batch in whole:
+            parts[batch.choices] = batch.logits(flat, k).logsumexp(-1)
+        lse = parts[:-1].view(queries, kv_heads, chosen, -1).logsumexp(2).transpose(0, 1)
+        out, levels = flat.new_zeros(*flat.shape[:2], v.shape[1]), _with_zero(lse[..., None])
+        for batch in whole:
+            p = batch.probabilities(flat, k, levels).flatten(1, 2)
+            out.index_add_(0, batch.rows.flatten(), (p @ _take(v, batch.keys)).view(-1, *out.shape[1:]))
+        out = out[:-1].view(*rows.shape[:3], -1)
     out, lse = (_by_token(x, *q.shape[:3]) for x in (out, lse))
     return out.to(q.dtype), lse, blocks
 
@@ -90,18 +97,20 @@ def _backward(
     delta = (d_out.to(lse.dtype) * out).sum(-1)
     if d_lse is not None:
         delta -= d_lse.masked_fill(lse == -torch.inf, 0)
-    rows, d_rows, delta, lse = (_by_head(x, k.shape[2]) for x in (q, d_out, delta, lse))
-    rows = rows * scale
-    d_q, d_k, d_v = torch.zeros_like(rows), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    for block in _blocks(places, blocks):
-        p = block.probabilities(rows, k, lse)
-        d_own = d_rows[block.head].index_select(0, block.queries).flatten(0, 1)
-        block.put(d_v, p.flatten(0, 1).mT @ d_own)
-        d_p = (d_own @ block.of(v).mT).view(p.shape)
-        d_logits = (d_p - delta[block.head].index_select(0, block.queries)[..., None]).mul_(p).flatten(0, 1)
-        block.put(d_k, d_logits.mT @ rows[block.head].index_select(0, block.queries).flatten(0, 1))
-        d_q[block.head].index_add_(0, block.queries, (d_logits @ block.of(k)).view(*p.shape[:2], -1))
-    return _by_token(d_q * scale, *q.shape[:3]).to(q.dtype), d_k, d_v
+    rows, d_rows, delta, lse = (_by_head(x, k.shape[2]) for x in (q, d_out, delta[..., None], lse[..., None]))
+    flat, d_flat, delta, lse = (_with_zero(x) for x in (rows * scale, d_rows, delta, lse))
+    keys, values = (_keys_with_zero(x) for x in (k, v))
+    d_q, d_k, d_v = (torch.zeros_like(x) for x in (flat, keys, values))
+    for batch in _batches(places, blocks, rows.shape[2]):
+        p = batch.probabilities(flat, keys, lse)
+        d_own = _take(d_flat, batch.rows).flatten(1, 2)
+        d_v[batch.keys] = p.flatten(1, 2).mT @ d_own
+        d_p = (d_own @ _take(values, batch.keys).mT).view(p.shape)
+        d_logits = (d_p - _take(delta, batch.rows)).mul_(p).flatten(1, 2)
+        d_k[batch.keys] = d_logits.mT @ _take(flat, batch.rows).flatten(1, 2)
+        d_q.index_add_(0, batch.rows.flatten(), (d_logits @ _take(keys, batch.keys)).view(-1, *flat.shape[1:]))
+    d_q = _by_token(d_q[:-1].view(rows.shape) * scale, *q.shape[:3]).to(q.dtype)
+    return d_q, d_k[:-1].view(k.shape).to(k.dtype), d_v[:-1].view(v.shape).to(v.dtype)
 
 
 def _by_head(x: Tensor, kv_heads: int) -> Tensor:
@@ -115,68 +124,104 @@ def _by_token(x: Tensor, batch: int, length: int, heads: int) -> Tensor:
     return x.transpose(0, 1).reshape(batch, length, heads, *x.shape[3:]).contiguous()  # one of G = 1 would be a view
 
 
-class _Block(NamedTuple):
-    """A block of keys for one kv head, and the m queries that chose it.
+def _with_zero(x: Tensor) -> Tensor:
+    """`[K*N + 1, G, D]` of `[K, N, G, D]`: the last is 0, for what is not there."""
+    return pad(x.flatten(0, 1), (0, 0, 0, 0, 0, 1))
 
-    row, keys  where it stands: columns, at most C
-    queries    `[m]` of the N, ascending
-    choices    `[m]`, their places among all N*K*S
-    hidden     `[n, keys]`, True where the n first queries come before a key; the others see them all
+
+def _keys_with_zero(x: Tensor) -> Tensor:
+    """`[B*L*K + 1, D]` of `[B, L, K, D]`, in at least float32."""
+    return pad(x.flatten(0, 2).to(torch.promote_types(x.dtype, torch.float32)), (0, 0, 0, 1))
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """`x[index]`, in half the time."""
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+class _Batch(NamedTuple):
+    """n blocks, each of one kv head, and the m queries or fewer that chose each.
+
+    rows     `[n, m]`, among `[K*N + 1]`
+    choices  `[n, m]`, among `[N*K*S + 1]`
+    keys     `[n, C]`, among `[B*L*K + 1]`
+    hidden   `[n, first, C]`, True where the first queries come before a key; the others see them all. A block that its
+             document does not fill has no others.
     """
 
-    row: int
-    head: int
-    keys: slice | Tensor
-    queries: Tensor
+    rows: Tensor
     choices: Tensor
+    keys: Tensor
     hidden: Tensor
 
-    def of(self, x: Tensor) -> Tensor:
-        """`[keys, D]` of x `[B, L, K, D]`, in at least float32."""
-        return x[self.row, self.keys, self.head].to(torch.promote_types(x.dtype, torch.float32))
-
-    def put(self, x: Tensor, values: Tensor) -> None:
-        x[self.row, self.keys, self.head] = values.to(x.dtype)
-
     def logits(self, rows: Tensor, k: Tensor) -> Tensor:
-        """`[m, G, keys]` of rows `[K, N, G, D]`."""
-        own = rows[self.head].index_select(0, self.queries)
-        logits = (own.flatten(0, 1) @ self.of(k).mT).view(*own.shape[:2], -1)
-        logits[: len(self.hidden)].masked_fill_(self.hidden[:, None], -torch.inf)
+        """`[n, m, G, C]`."""
+        own = _take(rows, self.rows)
+        logits = (own.flatten(1, 2) @ _take(k, self.keys).mT).view(*own.shape[:3], -1)
+        logits[:, : self.hidden.shape[1]].masked_fill_(self.hidden[:, :, None], -torch.inf)
         return logits
 
     def probabilities(self, rows: Tensor, k: Tensor, lse: Tensor) -> Tensor:
-        return self.logits(rows, k).sub_(lse[self.head].index_select(0, self.queries)[..., None]).exp_()
+        return self.logits(rows, k).sub_(_take(lse, self.rows)).exp_()
 
 
-def _blocks(places: Places, blocks: Tensor) -> Iterator[_Block]:
+def _batches(places: Places, blocks: Tensor, group: int) -> Iterator[_Batch]:
     """All that anybody chose."""
-    size, (_, kv_heads, chosen) = places.block_size, blocks.shape
+    size, (total, kv_heads, chosen) = places.block_size, blocks.shape
     choices, bounds = places.lists(blocks)
     counts = bounds.diff()
-    some = counts.nonzero().squeeze(1)
-    heads = some.remainder(kv_heads).tolist()
-    queries = choices // (kv_heads * chosen)
+    lists = counts.nonzero().squeeze(1)
+    place = blocks.flatten()[choices[bounds[lists]]].long()
+    order = (place * (total + 1) - counts[lists]).argsort()  # by place, the longest first
+    lists, place = lists[order], place[order]
+    first, counts, heads = bounds[lists], counts[lists], lists % kv_heads
     # What all queries of a list have in common is said by its first one.
-    first = bounds[some]
-    rows = queries[first] // places.length
-    columns = places.key_length - places.length + queries[first] % places.length
+    query = choices[first] // (kv_heads * chosen)
+    rows = query // places.length
+    columns = places.key_length - places.length + query % places.length
     begins = torch.zeros_like(rows) if places.start is None else places.start[columns]
-    begins = begins + blocks.flatten()[choices[first]].long() * size
     ends = torch.full_like(begins, places.key_length)
     if places.cu_seqlens is not None:
         ends = places.cu_seqlens[1:].long()[places.document[columns]]
     if places.position is not None:  # what is masked is never multiplied: it may be NaN
         ends = places.position.amax(1)[rows] + 1
-    seen = places.of_queries(places.per_key())[queries] + 1 - blocks.flatten()[choices].long() * size
     inside = torch.arange(size, device=places.device)
-    spans = zip(first.tolist(), counts[some].tolist(), strict=True)
-    where = zip(rows.tolist(), heads, begins.tolist(), ends.tolist(), strict=True)
-    for (row, head, begin, end), (start, count) in zip(where, spans, strict=True):
-        end = min(end, begin + size)
-        hidden = inside[: end - begin] >= seen[start : start + min(count, size), None]
-        keys = slice(begin, end) if places.order is None else places.order[row, begin:end]
-        yield _Block(row, head, keys, queries[start : start + count], choices[start : start + count], hidden)
+    columns = (begins + place * size)[:, None] + inside
+    absent = columns >= ends[:, None]
+    columns = columns.clamp(max=places.key_length - 1)
+    if places.order is not None:
+        columns = places.order[rows[:, None], columns]
+    keys = (rows[:, None] * places.key_length + columns) * kv_heads + heads[:, None]
+    keys = keys.masked_fill_(absent, places.batch * places.key_length * kv_heads)
+    position = places.of_queries(places.per_key())
+    for now, longest in _alike(place.tolist(), counts.tolist(), MAX_LOGITS // (group * size)):
+        index = torch.arange(longest, device=places.device)
+        absent = index >= counts[now, None]
+        own = choices[(first[now, None] + index).clamp(max=len(choices) - 1)]
+        query = own // (kv_heads * chosen)
+        seen = position[query[:, :size]] - place[now, None] * size
+        yield _Batch(
+            (heads[now, None] * total + query).masked_fill_(absent, kv_heads * total),
+            own.masked_fill_(absent, blocks.numel()),
+            keys[now],
+            inside > seen[..., None],
+        )
+
+
+def _alike(places: list[int], counts: list[int], most: int) -> Iterator[tuple[slice, int]]:
+    """Of lists in order, which to take together, and the longest of them: of one place, none below half the longest,
+    with `most` queries at most unless it is one list."""
+    begin = 0
+    for i in range(1, len(places) + 1):
+        longest = counts[begin]
+        if (
+            i == len(places)
+            or places[i] != places[begin]
+            or 2 * counts[i] < longest
+            or (i + 1 - begin) * longest > most
+        ):
+            yield slice(begin, i), longest
+            begin = i
 
 
 def _gathered(rows: Tensor, k: Tensor, v: Tensor, blocks: Tensor, places: Places) -> tuple[Tensor, Tensor]:
