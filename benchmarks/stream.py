@@ -62,6 +62,8 @@ def measure(tokens: int, options: Options) -> Row:
         seen.add(int(token))
         return token
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a step has nothing to share out, and waiting for each other takes longer
     endless = stream(model, torch.randint(61, (1, TRAINED), device=options.device), choose)
     each = tokens // PARTS // WINDOW * WINDOW
     times, tensors, resident = [], [], []
@@ -73,6 +75,7 @@ def measure(tokens: int, options: Options) -> Row:
         tensors.append(tensor_bytes())
         resident.append(status("VmRSS"))
     endless.close()
+    torch.set_num_threads(threads)
     if len(set(tensors)) > 1:
         raise ValueError(f"the tensors grew from {tensors[0]} to {max(tensors)} bytes")
     work = Work(1, model.flops(1, 1))
