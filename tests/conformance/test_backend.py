@@ -20,10 +20,12 @@ WITHOUT_KERNELS = {GatedDelta, KDA, Hierarchical}
 
 
 def compared(subject: str) -> list[tuple[str, torch.dtype]]:
-    """Backends and dtypes. The kernels have no float64. The delta rule has none, and hierarchical's take minutes when
-    interpreted (tests/blocks compares them once)."""
-    modules = {type(module) for module in zoo.build(SUBJECTS[subject], device="meta").modules()}
-    kernels = [] if modules & WITHOUT_KERNELS else [("triton", torch.float32)]
+    """Backends and dtypes. The kernels have no float64. The delta rule has none; interpreted, hierarchical's take
+    minutes (tests/blocks compares them once), and so do stacks of several kinds, each of which has a row."""
+    model = zoo.build(SUBJECTS[subject], device="meta")
+    kinds = {layer.mixer.kind for layer in model.config.layers if layer.mixer is not None}
+    without = {type(module) for module in model.modules()} & WITHOUT_KERNELS
+    kernels = [] if without or len(kinds) > 1 else [("triton", torch.float32)]
     return [("torch", torch.float64), ("torch", torch.float32), *kernels]
 
 
