@@ -12,7 +12,7 @@ train: $(READY)
 	$(BIN)/python train.py fit --config $(CONFIG)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -21,7 +21,7 @@ lint: $(READY)
 
 # docs/conformance.md, from a run of the whole matrix.
 conformance: $(READY)
-	$(BIN)/python -m pytest -n 2 tests/conformance --write-conformance
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/conformance --write-conformance
 
 # docs/families.md and the published sizes in configs/models, from a run of every family beside transformers.
 parity: $(READY)
