@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 VOCAB, LAYERS = 512, 8
+ALL_BLOCKS = "landmark, all blocks"
 MINIMAX_125M = Path(__file__).parents[1] / "configs/models/minimax-125m.yaml"
 
 
@@ -142,7 +143,7 @@ def attending(hidden: int = 256) -> dict[str, dict[str, Any]]:
         "infini": {"kind": "infini", **heads, "segment": 512},
         "hierarchical": {"kind": "hierarchical", **heads},
         "landmark": landmark | {"top_k": 16, "train_top_k": 16},
-        "landmark, all blocks": landmark,
+        ALL_BLOCKS: landmark,
     }
     ffn = {"kind": "mlp", "intermediate_size": 3 * hidden}
     return {

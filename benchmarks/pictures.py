@@ -133,27 +133,38 @@ def bars(found: list[Bar], title: str, unit: Callable[[float], str], around: flo
     return figure
 
 
-def lines(results: dict[str, Any]) -> Figure:
-    """Microseconds per token against the length: a panel per op, and one of the stacks."""
+Panels = dict[str, dict[str, list[tuple[int, float]]]]  # title, line, (length, microseconds per token)
+
+
+def of_ops_and_stacks(results: dict[str, Any]) -> Panels:
+    """A panel per op, forward and backward, and one of the stacks, in the dtype that is common on such a device."""
     dtype = "float32" if results["machine"]["device"] == "cpu" else "bfloat16"
-    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    panels: Panels = {}
     narrowest = {
         named(row): min(r["shape"]["width"] for r in results["ops"] if named(r) == named(row)) for row in results["ops"]
     }
     for row in results["ops"]:
         shape, tokens = row["shape"], row["shape"]["batch"] * row["shape"]["length"]
         if row["pass"] == "forward+backward" and row["dtype"] == dtype and shape["width"] == narrowest[named(row)]:
-            panel = panels.setdefault(f"{named(row)} ({shape['width']} wide)", {})
+            panel = panels.setdefault(f"{named(row)} ({shape['width']} wide), {dtype}", {})
             for name, candidate in row["candidates"].items():
                 if name != "reference":
                     panel.setdefault(name, []).append((shape["length"], 1e3 * candidate["ms"] / tokens))
-    for row in results["length"]:
-        if row["dtype"] == dtype:
-            panel = panels.setdefault("stacks, training step", {})
-            at = [
-                (row["shape"][name], row["candidates"][f"{row['shape'][name]} tokens"]) for name in ("short", "length")
-            ]
-            panel[row["what"]] = [(length, figures["us_per_token"]) for length, figures in at]
+    return panels | of_two_lengths([row for row in results["length"] if row["dtype"] == dtype], "stacks")
+
+
+def of_two_lengths(rows: Iterable[Row], about: str) -> Panels:
+    """Of each pass and dtype a panel, in which each row has a line."""
+    panels: Panels = {}
+    for row in rows:
+        lengths = (row["shape"][name] for name in ("short", "length"))
+        points = [(length, row["candidates"][f"{length} tokens"]["us_per_token"]) for length in lengths]
+        panels.setdefault(f"{about}: {row['pass']}, {row['dtype']}", {})[row["what"]] = points
+    return panels
+
+
+def lines(panels: Panels, title: str) -> Figure:
+    """Microseconds per token against the length."""
     columns = min(3, len(panels))
     height = -(-len(panels) // columns)
     figure, grid = plt.subplots(
@@ -161,7 +172,7 @@ def lines(results: dict[str, Any]) -> Figure:
     )
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    for axes, (title, panel) in zip(grid.flat, panels.items(), strict=False):
+    for axes, (heading, panel) in zip(grid.flat, panels.items(), strict=False):
         for name, points in panel.items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name, color=COLORS.get(name))
         lengths = sorted({length for points in panel.values() for length, _ in points})
@@ -175,11 +186,11 @@ def lines(results: dict[str, Any]) -> Figure:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_title(heading, fontsize=10, loc="left")
         axes.grid(axis="y", which="both", alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"µs per token against the length, forward and backward, {dtype}", x=0.01, ha="left")
+    figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
@@ -192,8 +203,15 @@ KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], bool], Callable[[dict[str
     ),
     "length": (
         "Time per token against the length",
-        lambda results: bool(results["ops"] or results["length"]),
-        lines,
+        lambda results: bool(of_ops_and_stacks(results)),
+        lambda results: lines(of_ops_and_stacks(results), "µs per token against the length, forward and backward"),
+    ),
+    "context": (
+        "Time per token, for each way to attend to a long context",
+        lambda results: bool(results["context"]),
+        lambda results: lines(
+            of_two_lengths(results["context"], "two layers"), "µs per token, for each way to attend to a long context"
+        ),
     ),
     "fraction": (
         "Fraction of the measured peak",

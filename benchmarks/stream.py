@@ -7,6 +7,7 @@ states, not the arithmetic. The suite runs the same for fewer tokens (tests/benc
 from __future__ import annotations
 
 import gc
+import math
 import time
 from functools import partial
 from itertools import islice
@@ -48,7 +49,8 @@ def build() -> zoo.ZooForCausalLM:
 
 
 def measure(tokens: int, options: Options) -> Row:
-    """`tokens` steps in PARTS parts; after each, the bytes of all tensors there are and of the process.
+    """At least `tokens` steps, in PARTS parts of whole windows; after each, the bytes of all tensors there are and of the
+    process.
 
     Raises:
         ValueError: logits that are not finite, or a state that grew.
@@ -65,7 +67,7 @@ def measure(tokens: int, options: Options) -> Row:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a step has nothing to share out, and waiting for each other takes longer
     endless = stream(model, torch.randint(61, (1, TRAINED), device=options.device), choose)
-    each = tokens // PARTS // WINDOW * WINDOW
+    each = math.ceil(tokens / PARTS / WINDOW) * WINDOW
     times, tensors, resident = [], [], []
     for _ in range(PARTS):
         began = time.perf_counter()

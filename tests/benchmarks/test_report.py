@@ -141,7 +141,7 @@ def test_figures_without_a_peer(results):
 def test_every_picture_on_the_page_is_drawn(results, tmp_path):
     file = report.write([results], tmp_path)
     drawn = {path.name for path in (tmp_path / "performance").iterdir()}
-    assert drawn == {f"some-cpu-2-cores-{kind}.png" for kind in ("ratio", "length", "fraction")}
+    assert drawn == {f"some-cpu-2-cores-{kind}.png" for kind in ("ratio", "length", "context", "fraction")}
     assert all(f"(performance/{name})" in file.read_text() for name in drawn)
 
 
@@ -154,6 +154,16 @@ def test_bars_are_of_the_fastest_peer_and_the_nearer_peak(results):
         (op, "float32", 1.5),
     ]
     assert pictures.of_peak(results) == [("jamba train, 2 x 512", "float32", 0.333), (op, "float32", 0.4)]
+
+
+def test_lines_are_of_one_pass_and_dtype(results):
+    assert pictures.of_two_lengths(results["context"], "two layers") == {
+        "two layers: training step, float32": {"window": [(4096, 10.0), (32768, 11.5)]},
+        "two layers: next token, float32": {"window": [(4096, 10.0), (131072, 11.5)]},
+    }
+    panels = pictures.of_ops_and_stacks(results)
+    assert list(panels) == ["linear_attention, per head (64 wide), float32", "stacks: training step, float32"]
+    assert panels["linear_attention, per head (64 wide), float32"]["torch"] == [(512, 5e3 / 1024), (4096, 5e3 / 8192)]
 
 
 def test_an_op_is_compared_where_it_has_a_peer(results):
