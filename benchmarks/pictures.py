@@ -164,7 +164,9 @@ def of_two_lengths(rows: Iterable[Row], about: str) -> Panels:
 
 
 def lines(panels: Panels, title: str) -> Figure:
-    """Microseconds per token against the length."""
+    """Microseconds per token against the length. A name has one color in all panels."""
+    names = dict.fromkeys(name for panel in panels.values() for name in panel)
+    colors = {name: f"C{i}" for i, name in enumerate(names)} | COLORS
     columns = min(3, len(panels))
     height = -(-len(panels) // columns)
     figure, grid = plt.subplots(
@@ -174,7 +176,7 @@ def lines(panels: Panels, title: str) -> Figure:
         axes.set_visible(False)
     for axes, (heading, panel) in zip(grid.flat, panels.items(), strict=False):
         for name, points in panel.items():
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name, color=COLORS.get(name))
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name, color=colors[name])
         lengths = sorted({length for points in panel.values() for length, _ in points})
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

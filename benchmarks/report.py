@@ -186,7 +186,7 @@ def two_lengths(rows: list[Row], memory: str, unit: str) -> str:
     lines = []
     for row in rows:
         short, long = (row["candidates"][f"{row['shape'][name]} tokens"] for name in ("short", "length"))
-        microseconds = [f"{each['us_per_token']:.3g}" for each in (short, long)]
+        microseconds = [number(each["us_per_token"]) for each in (short, long)]
         kilobytes = [f"{each[memory] / 1e3:,.1f}" for each in (short, long)]
         ratios = [f"{row[name]:.2f}" for name in ("time_ratio", "memory_ratio")]
         lines.append((row["what"], row["dtype"], *microseconds, ratios[0], *kilobytes, ratios[1]))

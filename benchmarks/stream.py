@@ -49,8 +49,8 @@ def build() -> zoo.ZooForCausalLM:
 
 
 def measure(tokens: int, options: Options) -> Row:
-    """At least `tokens` steps, in PARTS parts of whole windows; after each, the bytes of all tensors there are and of the
-    process.
+    """At least `tokens` steps, in PARTS parts of whole windows; after each part, the bytes of all tensors there are and
+    of the process.
 
     Raises:
         ValueError: logits that are not finite, or a state that grew.
