@@ -23,6 +23,7 @@ def test_a_window_that_grows() -> None:
     growth = WindowGrowth(start=64, growth=2.0, cap=1000)
     assert [growth.at(layer) for layer in range(6)] == [64, 128, 256, 512, 1000, 1000]
     assert WindowGrowth(start=3, growth=1.5).at(3) == 10
+    assert WindowGrowth(start=100, growth=1.15).at(1) == 115, "in floats 114.99999999999999"
     assert WindowGrowth(start=5, growth=0.1).at(30) == 1
     assert WindowGrowth(start=2, growth=2.0).at(9999) == 2**31 - 1
     x = random_input(1, 40, 16, dtype=torch.float64)

@@ -30,6 +30,7 @@ class RunningSum(nn.Module):
             raise AssertionError("gain must be positive")
         self.gain, self.layer_idx, self.hidden_size = gain, layer_idx, hidden_size
         self.proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        nn.init.constant_(self.proj.weight, 0.25)  # otherwise than a Linear's own
         self.A_log = nn.Parameter(torch.full((hidden_size,), 0.5))
 
     def forward(self, hidden_states: Tensor, past_key_values: Any = None, use_cache: bool = False, **kwargs: Any):
@@ -53,6 +54,26 @@ class RunningSum(nn.Module):
         return self.gain * self.proj(sums) * self.A_log.exp(), None, past_key_values
 
 
+class Bare(nn.Module):
+    """It returns y alone, wants no layer_idx and keeps nothing."""
+
+    def __init__(self, hidden_size: int = 8) -> None:
+        super().__init__()
+        self.proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        return self.proj(hidden_states)
+
+
+class Odd(RunningSum):
+    """It keeps a state that is no tensor."""
+
+    def forward(self, hidden_states: Tensor, past_key_values: Any = None, use_cache: bool = False, **kwargs: Any):
+        if use_cache:
+            past_key_values.update(recurrent_state=object(), offset=hidden_states.shape[1])
+        return hidden_states, None, past_key_values
+
+
 class Dense(RunningSum):
     """It knows nothing of documents."""
 
@@ -63,10 +84,10 @@ class Dense(RunningSum):
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> None:
     package = ModuleType("fla.layers")
-    for cls, module in ((RunningSum, "running"), (Dense, "dense")):
+    for cls, module in ((RunningSum, "running"), (Dense, "dense"), (Bare, "bare"), (Odd, "odd")):
         monkeypatch.setattr(cls, "__module__", f"fla.layers.{module}")
         setattr(package, cls.__name__, cls)
-    package.__all__ = ["RunningSum", "Dense"]
+    package.__all__ = ["RunningSum", "Dense", "Bare", "Odd"]
     monkeypatch.setitem(sys.modules, "fla.layers", package)
     monkeypatch.setattr(fla, "check_device", lambda layer, device: None)
 
@@ -96,7 +117,8 @@ def test_decoding_padding_and_packing(library: None) -> None:
         state.reset()
     mixer(x, SequenceContext.of(x), state)
     state.reorder(torch.tensor([1, 0]))
-    assert torch.equal(state["recurrent_state"], x.flip(0).sum(1, keepdim=True)) or state["seen"].tolist() == [9, 9]
+    assert torch.allclose(state["recurrent_state"], x.flip(0).sum(1, keepdim=True), atol=1e-5)
+    assert state["seen"].tolist() == [9, 9]
     fresh = mixer.new_state(2, x.device, x.dtype)
     fresh.load(state.tensors)
     after = mixer(x[:, :1], SequenceContext.of(x[:, :1]), fresh)
@@ -112,8 +134,31 @@ def test_decoding_padding_and_packing(library: None) -> None:
         build(layer="dense")(x, SequenceContext.of(x, padding_mask=mask))
 
 
+def test_a_layer_that_returns_y_alone(library: None) -> None:
+    mixer, x = build(layer="bare"), random_input(2, 5, 8)
+    assert torch.equal(mixer(x, SequenceContext.of(x)), mixer.layer.proj(x))
+    with pytest.raises(ValueError, match="fla's bare keeps no state; give it whole texts"):
+        mixer(x, SequenceContext.of(x), mixer.new_state(2, x.device, x.dtype))
+
+
+def test_a_state_that_is_no_tensor_is_named(library: None) -> None:
+    mixer, x = build(layer="odd"), random_input(2, 5, 8)
+    with pytest.raises(ValueError, match=r"recurrent_state of this fla layer is no tensor \(object\)"):
+        mixer(x, SequenceContext.of(x), mixer.new_state(2, x.device, x.dtype))
+
+
+def test_parts_of_a_state_keep_their_places() -> None:
+    state, x = fla.FlaState(), torch.ones(2, 1)
+    seen = torch.tensor([3, 3])
+    state.remember(seen, {"conv_state": (None, x, None), "recurrent_state": x})
+    before, last = state.recalled()["conv_state"]
+    assert before is None and torch.equal(last, x) and state.length() == 3
+    state.remember(seen, {"conv_state": (x,)})
+    assert len(state.recalled()["conv_state"]) == 1 and torch.equal(state.recalled()["recurrent_state"], x)
+
+
 def test_a_meta_model_materialises(library: None) -> None:
-    """Parameters that no module of theirs could fill again are drawn anew."""
+    """As the layer itself fills its parameters, whoever goes through the modules, from either end."""
     config = {
         "vocab_size": 11,
         "hidden_size": 8,
@@ -123,7 +168,11 @@ def test_a_meta_model_materialises(library: None) -> None:
     torch.manual_seed(0)
     model = zoo.build(config)
     assert (model.model.layers[0].mixer.layer.A_log == 0.5).all()
-    assert model.model.layers[0].mixer.layer.proj.weight.std() > 0
+    assert (model.model.layers[0].mixer.layer.proj.weight == 0.25).all()
+    for module in (*model.modules(), *reversed(list(model.modules()))):
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert (model.model.layers[0].mixer.layer.proj.weight == 0.25).all()
     assert "is not known to the zoo" in str(obstacle(model))
     again = zoo.load_config(model.config.to_mapping())
     assert again.layers[0].mixer.config == model.config.layers[0].mixer.config
@@ -156,7 +205,8 @@ def test_defaults_may_hold_one(library: None) -> None:
 
 
 def test_arguments_the_layer_refuses(library: None) -> None:
-    with pytest.raises(ValueError, match="fla's running cannot be built: gain must be positive; change its arguments"):
+    message = r"mixer.layer: fla's running cannot be built \(AssertionError: gain must be positive\); change its arguments"
+    with pytest.raises(ValueError, match=message):
         build(layer="running", gain=-1.0)
 
 

@@ -45,6 +45,22 @@ def test_equals_the_quadratic_form(feature_map: str) -> None:
         assert_close(ours, theirs, tolerance=1e-9)
 
 
+def test_elu_of_what_is_far_below_0() -> None:
+    """e^x to the last digit, where 1 + (e^x - 1) rounds to 0."""
+    layer = mixer().float()
+    q, k = random_input(2, 9, 2, 8) - 20, random_input(2, 9, 2, 8, seed=1) - 12
+    for ours, x in zip(layer.features(q, k, torch.arange(9)[None]), (q, k), strict=True):
+        assert_close(ours.double(), x.double().exp(), tolerance=1e-6)
+
+
+def test_weights_too_small_to_divide_by_are_none() -> None:
+    layer = mixer(feature_map="relu").float()
+    x = (random_input(1, 7, 16) * torch.logspace(0, -22, 23)[:, None, None]).requires_grad_()
+    y = layer(x, SequenceContext.of(x))
+    gradients = torch.autograd.grad(y.sum(), [x, *layer.parameters()])
+    assert (y[0] != 0).any() and (y[-1] == 0).all() and all(each.isfinite().all() for each in gradients)
+
+
 def test_a_query_without_any_weight_gives_0() -> None:
     layer = mixer(feature_map="relu")
     with torch.no_grad():

@@ -70,3 +70,15 @@ def test_large_queries_do_not_overflow() -> None:
     layer.float()
     y = layer(x, SequenceContext.of(x))
     assert y.isfinite().all()
+
+
+def test_one_heavy_token_leaves_finite_gradients() -> None:
+    """A first token that no query gives a weight worth dividing by."""
+    layer = mixer(num_features=32).float()
+    for heavy in torch.linspace(1, 40, 40).tolist():
+        x = random_input(1, 6, 16)
+        x[:, 0] *= heavy
+        x.requires_grad_()
+        y = layer(x, SequenceContext.of(x))
+        gradients = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+        assert y.isfinite().all() and all(each.isfinite().all() for each in gradients), heavy

@@ -14,6 +14,7 @@ from zoo.models.streaming import obstacle, stream
 TRAINED = 64  # what the sizes below are for
 MLP = {"kind": "mlp", "intermediate_size": 24}
 SINKS = {"kind": "attention", "num_heads": 2, "num_kv_heads": 1, "window": 24, "num_sinks": 4}
+INFINI = {"kind": "infini", "num_heads": 2}
 MODEL = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -107,6 +108,17 @@ def test_sinks_are_seen_where_the_cache_holds_them() -> None:
                 "short_factor": [1.0, 1.1, 1.4, 1.9], "long_factor": [1.5, 3.0, 8.0, 21.0]}},
             "longrope turns all tokens",
         ),
+        ({"kind": "compressive", "num_heads": 2, "window": 8}, r"the state of layer 0 \(compressive\) grows"),
+        (
+            {"kind": "linear", "num_heads": 2, "feature_map": "cosformer", "max_length": 99},
+            r"layer 0 \(linear, cosformer\) is for 99 tokens; it needs elu or relu there",
+        ),
+        (
+            {"kind": "parallel", "branches": [
+                {"kind": "lightning", "num_heads": 2},
+                {"kind": "linear", "num_heads": 2, "feature_map": "cosformer", "max_length": 99}]},
+            r"layer 0 \(linear, cosformer\) is for 99 tokens",
+        ),
     ],
 )  # fmt: skip
 def test_models_that_grow_are_refused(mixer: dict, message: str) -> None:
@@ -114,3 +126,8 @@ def test_models_that_grow_are_refused(mixer: dict, message: str) -> None:
     assert obstacle(build()) is None
     with pytest.raises(ValueError, match=message):
         next(stream(model, torch.zeros(1, 3, dtype=torch.long), greedy))
+
+
+@pytest.mark.parametrize("segment", [1, 5, 7919, 100_003])
+def test_a_state_may_go_up_and_down(segment: int) -> None:
+    assert obstacle(build(blocks=MODEL["blocks"] | {"sinks": {"mixer": INFINI | {"segment": segment}}})) is None

@@ -72,7 +72,8 @@ class WindowGrowth:
         widest = 2**31 - 1 if self.cap is None else self.cap
         if exponent > math.log(widest):
             return widest
-        return max(1, min(widest, int(self.start * self.growth**layer_idx)))
+        # A product that is whole but for rounding (100 * 1.15) is not rounded down.
+        return max(1, min(widest, int(self.start * self.growth**layer_idx * (1 + 1e-12))))
 
 
 @dataclass(frozen=True, kw_only=True)

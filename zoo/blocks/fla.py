@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -67,7 +67,29 @@ class FlaConfig(MixerConfig):
                 raise FieldError(name, "is the model's; remove it")
             if name not in known:
                 raise FieldError(name, f"is no argument of fla's {self.layer}; {nearest(name, known)}")
+        with torch.device("meta"):
+            self.new_layer(model.hidden_size)
         return self
+
+    def new_layer(self, hidden_size: int) -> nn.Module:
+        """The layer itself.
+
+        Raises:
+            FieldError: it does not take these arguments.
+        """
+        found = layer_class(self.layer)
+        place = {"layer_idx": 0} if _takes(found.__init__, "layer_idx") else {}
+        try:
+            return found(**self.arguments, hidden_size=hidden_size, **place)
+        except Exception as error:  # whatever a layer makes of a wrong value
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise FieldError("layer", f"fla's {self.layer} cannot be built ({reason}); change its arguments") from error
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has an argument so called, or takes any."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def layer_class(name: str) -> type[nn.Module]:
@@ -98,22 +120,25 @@ def check_device(layer: str, device: torch.device) -> None:
 class FlaState(State):
     """What the layer gave to remember; nothing before the first token. `seen` `[batch]` counts tokens."""
 
-    def remember(self, batch: int, offset: int, states: Mapping[str, Any]) -> None:
-        """Keep `states`, each a tensor or a sequence of tensors, after `offset` more tokens."""
+    def remember(self, seen: Tensor, states: Mapping[str, Any]) -> None:
+        """Keep `states`, each a tensor or a sequence of tensors and None, after so many tokens.
+
+        Raises:
+            ValueError: a state is something else.
+        """
         tensors = dict(self.tensors)
         for name, value in states.items():
-            parts = {name: value} if isinstance(value, Tensor) else {f"{name}.{i}": x for i, x in enumerate(value)}
-            tensors |= {key: x for key, x in parts.items() if x is not None}
-        device = next(iter(tensors.values())).device
-        tensors["seen"] = torch.full((batch,), self.length() + offset, dtype=torch.long, device=device)
-        self.tensors = tensors
+            parts = {name: value} if isinstance(value, Tensor) else _parts(name, value)
+            tensors = {key: x for key, x in tensors.items() if key != name and not key.startswith(f"{name}.")} | parts
+        self.tensors = tensors | {"seen": seen}
 
     def recalled(self) -> dict[str, Any]:
-        """As the layer gave them: by name, a tensor, a tuple of tensors, or None."""
+        """As the layer gave them: by name, a tensor, a tuple of tensors and None, or None."""
         recalled: dict[str, Any] = {}
         for name in STATES:
-            parts = [x for key, x in self.tensors.items() if key.startswith(f"{name}.")]
-            recalled[name] = tuple(parts) if parts else self.tensors.get(name)
+            parts = {key.rpartition(".")[2]: x for key, x in self.tensors.items() if key.startswith(f"{name}.")}
+            count = max(map(int, parts), default=-1) + 1
+            recalled[name] = tuple(parts.get(str(i)) for i in range(count)) if parts else self.tensors.get(name)
         return recalled
 
     def length(self) -> int:
@@ -124,11 +149,19 @@ class FlaState(State):
         self.tensors = {}
 
 
-class _Cache:
-    """A state as fla's layers want it: their cache of a model of one layer."""
+def _parts(name: str, value: Any) -> dict[str, Tensor]:
+    """By name and place, the tensors of a state that is several."""
+    parts = list(value) if isinstance(value, list | tuple) else [value]
+    if any(not isinstance(x, Tensor) for x in parts if x is not None):
+        raise ValueError(f"{name} of this fla layer is no tensor ({type(value).__name__}): the zoo cannot keep it")
+    return {f"{name}.{i}": x for i, x in enumerate(parts) if x is not None}
 
-    def __init__(self, state: FlaState, batch: int) -> None:
-        self.state, self.batch = state, batch
+
+class _Cache:
+    """A state as fla's layers want it: their cache of a model of one layer, which gets the tokens `x`."""
+
+    def __init__(self, state: FlaState, x: Tensor) -> None:
+        self.state, self.x, self.updated = state, x, False
 
     def __len__(self) -> int:
         return 1 if self.state.tensors else 0
@@ -144,27 +177,29 @@ class _Cache:
         past = self.state.recalled()
         if "attn_state" in new and past["attn_state"] is not None:
             new["attn_state"] = [torch.cat(pair, 1) for pair in zip(past["attn_state"], new["attn_state"], strict=True)]
-        self.state.remember(self.batch, offset, new)
+        seen = self.state.length() + offset
+        self.state.remember(torch.full((len(self.x),), seen, dtype=torch.long, device=self.x.device), new)
+        self.updated = True
         return self.state.recalled()
+
+
+def _left_to_the_mixer() -> None:
+    """Of a module within the layer: Fla.reset_parameters fills them all."""
 
 
 class Fla(Mixer):
     def __init__(self, config: FlaConfig, model: ZooConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.hidden_size = config, model.hidden_size
-        self.layer = self._new()
+        self.layer = config.new_layer(model.hidden_size)
+        for module in self.layer.modules():
+            # Some layers fill their parts otherwise than these would: who goes through all modules must not undo that.
+            module.reset_parameters = _left_to_the_mixer  # type: ignore[assignment]
         self.takes_documents = "cu_seqlens" in inspect.getsource(type(self.layer).forward)
-
-    def _new(self) -> nn.Module:
-        try:
-            return layer_class(self.config.layer)(**self.config.arguments, hidden_size=self.hidden_size, layer_idx=0)
-        except (AssertionError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"fla's {self.config.layer} cannot be built: {reason}; change its arguments") from error
 
     def reset_parameters(self) -> None:
         with torch.device("cpu"):
-            fresh = self._new()
+            fresh = self.config.new_layer(self.hidden_size)
         values = dict([*fresh.named_parameters(), *fresh.named_buffers()])
         for name, tensor in (*self.layer.named_parameters(), *self.layer.named_buffers()):
             init.copy_(tensor, values[name])
@@ -178,10 +213,15 @@ class Fla(Mixer):
         if cu_seqlens is not None and state is not None:
             raise ValueError(f"fla's {name} cannot continue a state with padding; give rows of one length")
         given: dict[str, Any] = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+        cache = None
         if state is not None:
             assert isinstance(state, FlaState), "new_state() makes one"
-            given |= {"past_key_values": _Cache(state, x.shape[0]), "use_cache": True}
-        return context.unpack(self.layer(x, **given)[0])
+            cache = _Cache(state, x)
+            given |= {"past_key_values": cache, "use_cache": True}
+        y = self.layer(x, **given)
+        if cache is not None and not cache.updated:
+            raise ValueError(f"fla's {name} keeps no state; give it whole texts (use_cache=False)")
+        return context.unpack(y if isinstance(y, Tensor) else y[0])
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         return FlaState()

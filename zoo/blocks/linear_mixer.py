@@ -2,7 +2,7 @@
 maps: elu (the same, equation 7), relu and cosformer (Qin et al. 2022, arXiv:2202.08791, section 3).
 
     S_t = S_(t-1) + phi(k_t) v_t^T,   z_t = z_(t-1) + phi(k_t)
-    o_t = phi(q_t) S_t / (phi(q_t) z_t),   y = W_o o              an o_t of nothing but zero weights is 0
+    o_t = phi(q_t) S_t / (phi(q_t) z_t),   y = W_o o              an o_t of no weights is 0
 
     elu        phi(x) = elu(x) + 1
     relu       phi(x) = max(x, 0)
@@ -10,7 +10,7 @@ maps: elu (the same, equation 7), relu and cosformer (Qin et al. 2022, arXiv:220
                is relu(q_t) . relu(k_j) cos(pi (t - j) / 2M); M is max_length
 
 The normaliser is one more value, which is always 1: the op is linear_attention without a decay. B batch, T length,
-H query heads, K key/value heads, D head_dim, F features.
+H heads, D head_dim, F features.
 """
 
 from __future__ import annotations
@@ -29,10 +29,15 @@ from zoo.blocks.base import Mixer, MixerConfig
 from zoo.blocks.context import SequenceContext
 from zoo.blocks.linear import in_projection, out_projection
 from zoo.blocks.state import State
+from zoo.ops.infini_attention.chunked import elu_plus_one
 from zoo.schema import FieldError, Size
 
 if TYPE_CHECKING:
     from zoo.config import ZooConfig
+
+# Weights that add up to less than so many of the smallest normal numbers are none: the gradient of dividing by them
+# would overflow.
+NO_WEIGHT = 1e8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +95,8 @@ class NormalizedLinearAttention(Mixer):
             out, new = ops.linear_attention(q, k, v, initial_state=state["S"], return_state=True, cu_seqlens=cu_seqlens)
             state.update(S=new)
         total = out[..., -1:]
-        out = out[..., :-1] / total.masked_fill(total == 0, 1.0)
+        empty = total < NO_WEIGHT * torch.finfo(wide).tiny
+        out = (out[..., :-1] / total.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
         return context.unpack(self.o_proj(out.to(x.dtype).flatten(-2)))
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -114,7 +120,7 @@ class LinearMixer(NormalizedLinearAttention):
 
     def features(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.feature_map == "elu":
-            return functional.elu(q) + 1, functional.elu(k) + 1
+            return elu_plus_one(q), elu_plus_one(k)
         q, k = functional.relu(q), functional.relu(k)
         if self.config.max_length is None:
             return q, k

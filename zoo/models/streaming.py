@@ -16,29 +16,41 @@ import torch
 from torch import Tensor
 
 from zoo.blocks.attention import Attention, AttentionConfig
+from zoo.blocks.base import Mixer
 from zoo.blocks.fla import Fla
+from zoo.blocks.linear_mixer import LinearMixer
 from zoo.models.modeling import ZooForCausalLM
 from zoo.schema import FieldError
 
 CHUNK = 512  # tokens of the prompt at once
-FAR = 2**50
+NEAR, FAR = 2**40, 2**50  # tokens
 
 
 def obstacle(model: ZooForCausalLM) -> str | None:
     """Why `model` cannot run for ever at constant memory, or None."""
     for i, layer in enumerate(model.model.layers):
-        if isinstance(layer.mixer, Fla):
-            return f"what layer {i} (fla) keeps is not known to the zoo; it needs a mixer of the zoo's own there"
+        for part in layer.modules():
+            if isinstance(part, Fla):
+                return f"what layer {i} (fla) keeps is not known to the zoo; it needs a mixer of the zoo's own there"
+            if isinstance(part, LinearMixer) and part.config.max_length is not None:
+                return f"layer {i} (linear, cosformer) is for {part.config.max_length} tokens; it needs elu or relu there"
         if layer.mixer is not None and layer.mixer.reads_token_ids:
             return (
                 f"layer {i} keeps the global tokens of the whole text; it needs num_sinks in place of global_token_ids"
             )
-        if layer.mixer is not None and layer.mixer.state_bytes(1, 2 * FAR) != layer.mixer.state_bytes(1, FAR):
+        if layer.mixer is not None and _grows(layer.mixer):
             kind = model.config.layers[i].mixer.kind
             return f"the state of layer {i} ({kind}) grows with the text; it needs a window or a recurrent mixer there"
     if model.model.switches:
         return "longrope turns all tokens otherwise beyond its original context; it needs another rope"
     return None
+
+
+def _grows(mixer: Mixer) -> bool:
+    """Whether its state has more bytes far on than it ever had before. It may go up and down, as within a segment:
+    each is asked at places that no period has in common."""
+    near, far = ([mixer.state_bytes(1, start + 7919 * i * i) for i in range(64)] for start in (NEAR, FAR))
+    return min(far) > max(near)
 
 
 @torch.inference_mode()

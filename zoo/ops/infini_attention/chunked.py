@@ -55,7 +55,7 @@ def infini_attention(
     return torch.where(real, out, 0).to(q.dtype), memories.m, memories.z
 
 
-def _sigma(x: Tensor) -> Tensor:
+def elu_plus_one(x: Tensor) -> Tensor:
     """ELU(x) + 1, which is e^x below 0: not 1 + (e^x - 1), which rounds to 0."""
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
@@ -103,7 +103,7 @@ class _Memories:
         if self.empty:
             return local
         memories = self.m.shape[1]
-        read = self._read(_by_head(_sigma(q_mem.to(self.m.dtype)), memories))
+        read = self._read(_by_head(elu_plus_one(q_mem.to(self.m.dtype)), memories))
         read = read.unflatten(2, (local.shape[1], -1)).transpose(1, 2).flatten(2, 3)
         share = torch.where(self._filled(), self.gate.sigmoid().unflatten(0, (memories, -1)), 0)
         return torch.lerp(local, read, share.flatten(1)[:, None, :, None])
@@ -112,7 +112,7 @@ class _Memories:
         """Add a segment `[B,t,kv_heads,...]` to the `rows` (bool `[B]`; None is all); `real` `[B,t]` says of which
         tokens it consists."""
         memories, shared = self.m.shape[1], self.m.shape[1] // v.shape[2]
-        features, v = _sigma(k_mem.to(self.m.dtype)), v.to(self.m.dtype)
+        features, v = elu_plus_one(k_mem.to(self.m.dtype)), v.to(self.m.dtype)
         features, v = (_by_head(x.repeat_interleave(shared, 2), memories) for x in (features, v))
         if self.delta and not self.empty:
             v = v - torch.where(self._filled()[..., None], self._read(features), 0)
