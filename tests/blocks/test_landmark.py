@@ -103,7 +103,7 @@ def slow(mixer, x):
 
             slots = [max(0, top_k + 1 - (block - b)) for b in range(block)]
             scores = [logit(b * period + size, slots[b]) for b in range(block)]
-            chosen = sorted(range(block), key=lambda b: -scores[b].item())[:top_k]
+            chosen = sorted(range(block), key=lambda b: (-round(64 * scores[b].item()), -b))[:top_k]
             own = [block * period + i for i in range(min(place + 1, size))]
             p = torch.stack([scores[b] for b in chosen] + [logit(j, top_k + 1) for j in own]).softmax(0)
             out = p[len(chosen) :] @ v[own, head // shared]

@@ -71,6 +71,8 @@ LANDMARK_GQA = {"kind": "landmark", "num_heads": 4, "num_kv_heads": 2, "head_dim
 LANDMARK_RETRIEVAL = {**LANDMARK, "num_kv_heads": 2, "top_k": 90, "rope": PARTIAL_ROPE}
 # Training that reads few blocks; with a cache it is the same as without.
 LANDMARK_CHOSEN = {**LANDMARK, "num_kv_heads": 2, "train_top_k": 2, "rope": PARTIAL_ROPE}
+# Without positions, and in the first layer: all landmarks are alike, and equal logits decide.
+LANDMARK_ALIKE = {**LANDMARK, "train_top_k": 2, "rope": None}
 LIGHTNING = {"kind": "lightning", "num_heads": 4}
 MAMBA = {"kind": "mamba", "state_size": 4}
 JAMBA = {"kind": "mamba", "state_size": 4, "conv_kernel": 3, "inner_norms": True, "bias": True, "conv_bias": False}
@@ -187,6 +189,7 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "landmark-gqa": _alone(LANDMARK_GQA, MLP),
     "landmark-retrieval": _alone(LANDMARK_RETRIEVAL, MLP),
     "landmark-chosen": _alone(LANDMARK_CHOSEN, MLP),
+    "landmark-alike": _alone(LANDMARK_ALIKE, MLP),
     "lightning": _alone(LIGHTNING, SHARED_MOE),
     "mamba": _alone(MAMBA, RELU2),
     "mamba-inner-norms": _alone(JAMBA, MLP),

@@ -48,7 +48,7 @@ def same_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         return scores.gather(-1, indices), indices
 
     monkeypatch.setattr(ops, "landmark_attention", landmark_attention)
-    monkeypatch.setattr(chosen_blocks, "_best", best)
+    monkeypatch.setattr(chosen_blocks, "best_blocks", best)
     monkeypatch.setattr(ops, "select_blocks", call)
 
 

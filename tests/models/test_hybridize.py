@@ -125,6 +125,16 @@ def test_tensors_of_the_same_name_and_shape_are_kept():
     assert half.k_proj.weight.shape == (8, 32) and half.k_proj.weight.std() > 0
 
 
+def test_the_landmark_token_comes_and_goes_with_its_mixers(tmp_path):
+    tokens = torch.randint(0, 40, (1, 9))
+    with_landmarks = _hybrid(zoo.build(llama(2)), "softmax@1={kind: landmark, block_size: 4}")
+    assert with_landmarks.model.landmark.weight.std() > 0 and with_landmarks(tokens).logits.isfinite().all()
+    with_landmarks.save_pretrained(tmp_path)
+    kept = zoo.from_hf(tmp_path, replace=["softmax=lightning"])
+    assert torch.equal(kept.model.landmark.weight, with_landmarks.model.landmark.weight)
+    assert zoo.from_hf(tmp_path, replace=["landmark=lightning"]).model.landmark is None
+
+
 @pytest.mark.parametrize(
     ("family", "index"), [("qwen3", 0), ("olmo2", 0), ("gemma2", 0), ("gpt_oss", 0), ("smollm3", 0)]
 )

@@ -189,6 +189,38 @@ def test_generate_with_retrieval():
     assert reading.generate(ids, max_new_tokens=5, do_sample=False).shape == (2, 45)
 
 
+@pytest.mark.parametrize("rope", [{"theta": 100.0}, None], ids=["rope", "none"])
+@pytest.mark.parametrize("option", ["top_k", "train_top_k"])
+@torch.no_grad()
+def test_landmarks_that_are_all_alike(option, rope):
+    """Below the first mixer they are, but for rounding: which blocks are read must not hang on that."""
+    mixer = {**LANDMARK, option: 2, "rope": rope}
+    net = model(blocks={"landmark": {"mixer": mixer, "ffn": MLP}}, pattern="landmark*2").double()
+    ids = tokens(2, 90)
+
+    def read(chunks, rows=ids, **arguments):
+        cache = net.model.new_cache(len(rows), "cpu", torch.float64)
+        parts, start = [], 0
+        for part in rows.split(chunks, 1):
+            mask = arguments.get("attention_mask")
+            start += part.shape[1]
+            given = {} if mask is None else {"attention_mask": mask[:, :start]}
+            parts.append(net(part, past_key_values=cache, **given).logits)
+        return torch.cat(parts, 1)
+
+    whole = read(90)
+    for chunks in (1, [45, *[1] * 45], [17, 31, 1, 41]):
+        assert_close(read(chunks), whole, tolerance=1e-10)
+    if option == "train_top_k":
+        assert_close(net(ids, use_cache=False).logits, whole, tolerance=1e-10)
+    padded, mask = torch.cat([torch.zeros(2, 9, dtype=torch.long), ids], 1), torch.ones(2, 99, dtype=torch.long)
+    mask[:, :9] = 0
+    mask[1, 9:12] = 0  # the second row begins later
+    both = read([60, *[1] * 39], padded, attention_mask=mask)
+    assert_close(both[0, 9:], whole[0], tolerance=1e-10)
+    assert_close(both[1, 12:], read(87, ids[1:, 3:])[0], tolerance=1e-10)
+
+
 def test_saved_and_loaded(tmp_path):
     net, ids = model(), tokens(2, 11)
     net.save_pretrained(tmp_path)

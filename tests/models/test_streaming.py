@@ -108,7 +108,11 @@ def test_sinks_are_seen_where_the_cache_holds_them() -> None:
                 "short_factor": [1.0, 1.1, 1.4, 1.9], "long_factor": [1.5, 3.0, 8.0, 21.0]}},
             "longrope turns all tokens",
         ),
-        ({"kind": "compressive", "num_heads": 2, "window": 8}, r"the state of layer 0 \(compressive\) grows"),
+        ({"kind": "compressive", "num_heads": 2}, r"the state of layer 0 \(compressive\) grows"),
+        (
+            {"kind": "parallel", "branches": [{**INFINI, "segment": 2**30}, {"kind": "compressive", "num_heads": 2}]},
+            r"the state of layer 0 \(parallel\) grows",
+        ),
         (
             {"kind": "linear", "num_heads": 2, "feature_map": "cosformer", "max_length": 99},
             r"layer 0 \(linear, cosformer\) is for 99 tokens; it needs elu or relu there",
@@ -128,6 +132,8 @@ def test_models_that_grow_are_refused(mixer: dict, message: str) -> None:
         next(stream(model, torch.zeros(1, 3, dtype=torch.long), greedy))
 
 
-@pytest.mark.parametrize("segment", [1, 5, 7919, 100_003])
+@pytest.mark.parametrize("segment", [1, 5, 1000, 100_003])
 def test_a_state_may_go_up_and_down(segment: int) -> None:
-    assert obstacle(build(blocks=MODEL["blocks"] | {"sinks": {"mixer": INFINI | {"segment": segment}}})) is None
+    infini = INFINI | {"segment": segment}
+    for mixer in (infini, {"kind": "parallel", "branches": [infini, {"kind": "lightning", "num_heads": 2}]}):
+        assert obstacle(build(blocks=MODEL["blocks"] | {"sinks": {"mixer": mixer}})) is None

@@ -114,6 +114,27 @@ def test_the_best_blocks_are_those_of_the_largest_logits() -> None:
         assert out[0].nonzero()[:, 0].tolist() == [3, 8] and out[1].nonzero()[:, 0].tolist() == [0, 14]
 
 
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_of_equal_logits_the_latest_block_is_read(name: str) -> None:
+    """Equal but for rounding, and unequal by more than a step."""
+    q, k, v = torch.ones(1, 40, 1, 4), torch.ones(1, 40, 1, 4), torch.zeros(1, 40, 1, 8)
+    for block in range(8):
+        v[0, block * 5 : block * 5 + 4, 0, block] = 1.0
+    k[0, 4::5] *= 1 + 1e-6 * torch.tensor([7.0, 1, 6, 2, 5, 0, 4, 3])[:, None, None]
+    k[0, 9] *= 1.05
+    with backend(name):
+        out = landmark_attention(q, k, v, every(4, 1, 40), top_k=3)[0, 38, 0]
+    assert out.nonzero()[:, 0].tolist() == [1, 5, 6, 7]
+
+
+def test_many_rows_of_one_query_are_not_compared_with_each_other() -> None:
+    q, k, v = make(64, 1, 400, (2, 2))
+    blocks = chosen._Blocks(q, every(4, 64, 400), None, None)
+    size, spans = blocks._tiles(2)
+    assert size * sum(stop - first for first, stop in spans) <= 4 * 64 * 79 + 64 * 64
+    check([q, k, v], every(4, 64, 400), torch.float64, top_k=2)
+
+
 def test_blocks_that_are_not_read_change_nothing() -> None:
     """Not even NaN in their keys; and they get no gradient."""
     q, k, v = make(1, 41, 41, (1, 1))

@@ -43,6 +43,7 @@ from zoo.blocks.linear import in_projection, out_projection
 from zoo.blocks.rope import RopeConfig, RotaryEmbedding
 from zoo.blocks.state import KeyValueState, State
 from zoo.blocks.storage import Storage
+from zoo.ops.landmark_attention.choice import best_blocks
 from zoo.schema import FieldError, Size
 
 if TYPE_CHECKING:
@@ -145,8 +146,9 @@ class Landmark(Mixer):
             columns = torch.argsort(~mask, dim=1, stable=True)
         landmarks = state.landmarks(columns[:, block_size :: self.period])
         landmarks = landmarks.to(torch.promote_types(q.dtype, torch.float32))
-        read = len(q) * self.num_heads * min(self.config.top_k, landmarks.shape[1]) * block_size * self.head_dim
-        size = max(1, MAX_RETRIEVED // max(1, read))
+        of_heads = self.num_heads * min(self.config.top_k, landmarks.shape[1]) + self.num_kv_heads  # and the own block
+        read = len(q) * of_heads * block_size * self.head_dim
+        size = max(1, MAX_RETRIEVED // read)
         tiles = zip(q.split(size, 1), rank.split(size, 1), strict=True)
         outs = [self._read(q_tile, rank_tile, state, landmarks, columns) for q_tile, rank_tile in tiles]
         return torch.cat(outs, 1).to(q.dtype)
@@ -175,7 +177,7 @@ class Landmark(Mixer):
         scores = F.pad(scores, (far, 0)).scatter(-1, index, near)[..., far:]
         later = torch.arange(count, device=device) >= block[..., None]
         scores = scores.masked_fill(later[:, :, None, None], -torch.inf)
-        scores, chosen = scores.topk(min(self.config.top_k, count), -1)  # [B, T, K, G, R]
+        scores, chosen = best_blocks(scores, min(self.config.top_k, count))  # [B, T, K, G, R]
 
         # The chosen blocks' tokens; a block chosen for want of others has no weight.
         distance = (block[..., None, None, None] - chosen).clamp(0, far)

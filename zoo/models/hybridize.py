@@ -25,10 +25,12 @@ from torch import Tensor
 from zoo import yaml
 from zoo.blocks import kind_of
 from zoo.config import ConfigError, Layer, ZooConfig, load_config
+from zoo.models.landmarks import LandmarkToken
 from zoo.pattern import spell
 from zoo.schema import FieldError, nearest
 
 KINDS = {"softmax": "attention"}
+LANDMARK = "model.landmark.weight"
 Tensors = Mapping[str, Tensor]
 
 
@@ -166,11 +168,13 @@ def _plain(config: Any) -> dict[str, Any]:
 
 def replaced(hybrid: Hybrid, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The tensors of `hybrid.config`, of those of `hybrid.before` by name (a layer's stand together), one mixer in
-    memory at a time."""
+    memory at a time. The landmark token comes with the first landmark mixer and goes with the last."""
     prefixes = {f"model.layers.{i}.mixer.": i for i in hybrid.replaced}
     old: dict[str, Tensor] = {}
     now: str | None = None
     for name, tensor in tensors:
+        if name == LANDMARK and hybrid.config.landmark_block is None:
+            continue
         head, dot, rest = name.partition(".mixer.")
         prefix = head + dot
         if now is not None and prefix != now:
@@ -183,6 +187,12 @@ def replaced(hybrid: Hybrid, tensors: Iterable[tuple[str, Tensor]], dtype: torch
             yield name, tensor
     if now is not None:
         yield from _new(hybrid, prefixes[now], now, old, dtype)
+    block_size, config = hybrid.config.landmark_block, hybrid.config
+    if block_size is not None and hybrid.before.landmark_block is None:
+        yield (
+            LANDMARK,
+            LandmarkToken(config.hidden_size, block_size, config.initializer_range).weight.detach().to(dtype),
+        )
 
 
 def _new(hybrid: Hybrid, i: int, prefix: str, old: Tensors, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

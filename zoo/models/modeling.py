@@ -378,7 +378,8 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
             )
         if generation_config.prefill_chunk_size is not None and self.model.switches:
             length, limit = int(model_kwargs["position_ids"].max()) + 1, self.model.switches[0]
-            if length > max(limit, generation_config.prefill_chunk_size):
+            chunk = generation_config.prefill_chunk_size
+            if length > chunk and self.config.stream_length(length) > limit:
                 raise ValueError(
                     f"prefill_chunk_size={generation_config.prefill_chunk_size} is not available for a prompt of "
                     f"{length} tokens: LongRoPE turns all tokens otherwise where there are more than {limit}, and the "

@@ -9,21 +9,23 @@ a distance it was not trained on. Rotary angles are float32: at position p they 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.blocks.attention import Attention, AttentionConfig
-from zoo.blocks.base import Mixer
+from zoo.blocks.base import Mixer, MixerConfig
 from zoo.blocks.fla import Fla
 from zoo.blocks.linear_mixer import LinearMixer
 from zoo.models.modeling import ZooForCausalLM
 from zoo.schema import FieldError
 
 CHUNK = 512  # tokens of the prompt at once
-NEAR, FAR = 2**40, 2**50  # tokens
+FAR = 2**40  # tokens, and a multiple of it
 
 
 def obstacle(model: ZooForCausalLM) -> str | None:
@@ -33,12 +35,13 @@ def obstacle(model: ZooForCausalLM) -> str | None:
             if isinstance(part, Fla):
                 return f"what layer {i} (fla) keeps is not known to the zoo; it needs a mixer of the zoo's own there"
             if isinstance(part, LinearMixer) and part.config.max_length is not None:
-                return f"layer {i} (linear, cosformer) is for {part.config.max_length} tokens; it needs elu or relu there"
+                longest = part.config.max_length
+                return f"layer {i} (linear, cosformer) is for {longest} tokens; it needs elu or relu there"
         if layer.mixer is not None and layer.mixer.reads_token_ids:
             return (
                 f"layer {i} keeps the global tokens of the whole text; it needs num_sinks in place of global_token_ids"
             )
-        if layer.mixer is not None and _grows(layer.mixer):
+        if layer.mixer is not None and _grows(layer.mixer, model.config.layers[i].mixer.config):
             kind = model.config.layers[i].mixer.kind
             return f"the state of layer {i} ({kind}) grows with the text; it needs a window or a recurrent mixer there"
     if model.model.switches:
@@ -46,11 +49,22 @@ def obstacle(model: ZooForCausalLM) -> str | None:
     return None
 
 
-def _grows(mixer: Mixer) -> bool:
-    """Whether its state has more bytes far on than it ever had before. It may go up and down, as within a segment:
-    each is asked at places that no period has in common."""
-    near, far = ([mixer.state_bytes(1, start + 7919 * i * i) for i in range(64)] for start in (NEAR, FAR))
-    return min(far) > max(near)
+def _grows(mixer: Mixer, config: MixerConfig) -> bool:
+    """Whether its state has more bytes after twice as long a text. As it may go up and down, within a segment say, both
+    lengths are such that every number of its configuration divides them."""
+    far = FAR * math.prod(_numbers(dataclasses.asdict(config)))
+    return mixer.state_bytes(1, 2 * far) != mixer.state_bytes(1, far)
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    """All whole numbers above 0 in it."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from _numbers(each)
+    elif isinstance(value, int) and value > 0:
+        yield int(value)
 
 
 @torch.inference_mode()

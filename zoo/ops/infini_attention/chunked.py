@@ -101,7 +101,8 @@ class _Memories:
         """`[B,t,H,V]`, the `local` attention of queries `q_mem` `[B,t,H,K]` and what they read."""
         local = local.to(self.m.dtype)
         if self.empty:
-            return local
+            # A text of one segment has its gates in the graph, too: data parallel training waits for every gradient.
+            return local + 0 * self.gate.sigmoid().sum() if self.gate.requires_grad else local
         memories = self.m.shape[1]
         read = self._read(_by_head(elu_plus_one(q_mem.to(self.m.dtype)), memories))
         read = read.unflatten(2, (local.shape[1], -1)).transpose(1, 2).flatten(2, 3)

@@ -42,7 +42,8 @@ def landmark_attention(
     nothing at all, which gives 0.
 
     With top_k, the first softmax of a query and head has of the landmarks only the top_k largest: no other block is
-    read, and the work grows with the length squared only by a product per landmark. The choice is not differentiated.
+    read, and the work grows with the length squared only by a product per landmark. Logits that agree to 1/64 are
+    equal there, and of equal ones the latest block is taken. The choice is not differentiated.
 
     Args:
         q: `[batch, length, heads, head_dim]`.

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops.dispatch import outside_autocast
+from zoo.ops.landmark_attention.choice import best_blocks
 from zoo.ops.varlen import document_ids
 
 MAX_LOGITS = 2**20  # the most logits of landmarks held at once
@@ -31,6 +32,7 @@ MAX_READ = 2**24  # the most numbers that the entries of some heads read
 MAX_PART = 2**21  # the most numbers of a part, its keys, queries and logits
 MAX_LIST = 256  # entries
 MAX_LISTS = 256  # of a part
+FEW = 64  # landmarks: so many products in vain for each query cost less than another tile
 
 
 def landmark_attention(
@@ -273,6 +275,20 @@ class _Blocks:
             x = x.new_zeros(like.shape).flatten(0, 1).index_copy_(0, self.key_row, x)
         return x.view(like.shape)
 
+    def _tiles(self, heads: int) -> tuple[int, list[list[int]]]:
+        """How many queries to take together, and of each such tile the candidates `(first, stop)` that any sees."""
+        own = self.stop - self.first
+        longest, seen = torch.stack([own.max(), own.sum()]).tolist()
+        size = max(1, min(MAX_LOGITS // max(1, 2 * longest * heads), math.isqrt(MAX_LOGITS // heads)))
+        while True:
+            firsts, stops = self.first.split(size), self.stop.split(size)
+            spans = torch.stack([torch.stack([x.min(), y.max()]) for x, y in zip(firsts, stops, strict=True)]).tolist()
+            # A tile that lies across sequences compares each query with the candidates of all.
+            compared = size * sum(stop - first for first, stop in spans)
+            if size == 1 or compared <= 4 * seen + FEW * len(own):
+                return size, spans
+            size //= 2
+
     def choose(self, queries: Tensor, keys: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         """`[N, K, G, R + 1]`: the blocks a query reads, its own last, -1 for none; the logits of the chosen ones'
         landmarks, -inf for none and the own."""
@@ -285,28 +301,20 @@ class _Blocks:
         if slots == 0 or count == 0 or len(self.candidates) == 0:
             return chosen, logits
         landmarks = keys[self.landmark[self.candidates]].to(queries.dtype).permute(1, 2, 0)
-        # A tile may lie across sequences, and so see about half as many candidates more as it has queries.
-        heads, span = kv_heads * shared, int((self.stop - self.first).max())
-        size = max(1, min(MAX_LOGITS // max(1, 2 * span * heads), math.isqrt(MAX_LOGITS // heads)))
-        firsts, stops = self.first.split(size), self.stop.split(size)
-        spans = torch.stack([torch.stack([x.min(), y.max()]) for x, y in zip(firsts, stops, strict=True)]).tolist()
+        heads = kv_heads * shared
+        size, spans = self._tiles(heads)
         for i, (first, stop) in enumerate(spans):
             now = slice(i * size, (i + 1) * size)
             index = torch.arange(first, stop, device=chosen.device)
-            hidden = (index < firsts[i][:, None]) | (index >= stops[i][:, None])
+            hidden = (index < self.first[now, None]) | (index >= self.stop[now, None])
             q_rows = queries[now].transpose(0, 1).flatten(1, 2)
             scores = (q_rows @ landmarks[..., first:stop]).unflatten(1, (-1, shared))
-            values, indices = _best(scores.masked_fill_(hidden[:, None], -torch.inf), min(slots, stop - first))
+            scores.masked_fill_(hidden[:, None], -torch.inf)
+            values, indices = best_blocks(scores, min(slots, stop - first))
             found = torch.where(values == -torch.inf, -1, self.candidates[first + indices])
             chosen[now, ..., : found.shape[-1]] = found.transpose(0, 1).int()
             logits[now, ..., : found.shape[-1]] = values.transpose(0, 1)
         return chosen, logits
-
-
-def _best(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """The largest `[..., slots]` of scores, and where they are."""
-    values, indices = scores.topk(slots, -1)
-    return values, indices
 
 
 class _Lists:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops.dispatch import implements
+from zoo.ops.landmark_attention.choice import STEPS
 
 
 @implements("landmark_attention", "reference")
@@ -48,10 +49,14 @@ def landmark_attention(
                 continue
             for kv_head, each in enumerate(scores):
                 one = slice(kv_head, kv_head + 1)
-                for place, (best, indices) in enumerate(zip(*each.topk(top_k), strict=True)):
+                for place, logits in enumerate(each):
+                    steps = [(round(x * STEPS), i) for i, x in enumerate(logits.tolist())]
+                    best = [i for _, i in sorted(steps, reverse=True)[:top_k]]
                     q_head = scale * grouped[row, query, one, place : place + 1]
-                    chosen = [blocks[i][0] for i in indices.tolist()]
-                    outs.append(_read(q_head, k[row, :, one], v[row, :, one], best[None, None], chosen, block)[0])
+                    chosen = [blocks[i][0] for i in best]
+                    outs.append(
+                        _read(q_head, k[row, :, one], v[row, :, one], logits[None, None, best], chosen, block)[0]
+                    )
     out = torch.cat([x.flatten(0, -2) for x in outs])
     return out.view(batch, length, heads, v.shape[3]).to(q.dtype)
 
