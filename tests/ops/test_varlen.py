@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.ops.varlen import DocumentChunks, RowChunks, check_cu_seqlens, document_ids, max_chunks
+from zoo.ops.varlen import DocumentChunks, RowChunks, check_cu_seqlens, document_ids, max_chunks, real_first
 
 
 def int32(*values):
@@ -30,6 +30,12 @@ def test_good_cu_seqlens_pass(cu_seqlens):
 def test_bad_cu_seqlens_are_refused(cu_seqlens, batch, message):
     with pytest.raises(ValueError, match=message):
         check_cu_seqlens(cu_seqlens, batch, 7)
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 100])
+def test_real_tokens_come_first(length):
+    mask = torch.rand(5, length) < torch.tensor([0.0, 0.2, 0.5, 0.9, 1.1])[:, None]
+    assert torch.equal(real_first(mask), (~mask).int().argsort(dim=1, stable=True))
 
 
 def test_document_ids_skip_empty_documents():

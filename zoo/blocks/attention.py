@@ -143,9 +143,9 @@ class AttentionConfig(MixerConfig):
         num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         if self.num_heads % num_kv_heads:
             raise FieldError("num_kv_heads", f"must divide num_heads ({self.num_heads}), got {num_kv_heads}")
-        if isinstance(self.window, WindowGrowth) and self.window.cap is not None and self.window.cap < self.window.start:
-            problem = f"must be at least start ({self.window.start}), got {self.window.cap}"
-            raise FieldError("window.cap", problem)
+        window = self.window
+        if isinstance(window, WindowGrowth) and window.cap is not None and window.cap < window.start:
+            raise FieldError("window.cap", f"must be at least start ({window.start}), got {window.cap}")
         layers = model.num_hidden_layers
         if isinstance(self.window, list) and len(self.window) != layers:
             problem = f"must have an entry for each of the model's {layers} layers, got {len(self.window)}"

@@ -44,6 +44,7 @@ from zoo.blocks.rope import RopeConfig, RotaryEmbedding
 from zoo.blocks.state import KeyValueState, State
 from zoo.blocks.storage import Storage
 from zoo.ops.landmark_attention.choice import best_blocks
+from zoo.ops.varlen import real_first
 from zoo.schema import FieldError, Size
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class Landmark(Mixer):
         # Where the tokens of a row are: column `columns[row, r]` has its r-th.
         columns = torch.arange(keys.shape[1], device=q.device).expand(keys.shape[:2])
         if mask is not None:
-            columns = torch.argsort(~mask, dim=1, stable=True)
+            columns = real_first(mask)
         landmarks = state.landmarks(columns[:, block_size :: self.period])
         landmarks = landmarks.to(torch.promote_types(q.dtype, torch.float32))
         of_heads = self.num_heads * min(self.config.top_k, landmarks.shape[1]) + self.num_kv_heads  # and the own block
@@ -267,7 +268,8 @@ class LandmarkState(KeyValueState):
         such landmark yet."""
         rows = torch.arange(len(columns), device=columns.device)[:, None]
         if self.storage is None:
-            return self.read("keys", rows, columns)
+            every = self["keys"][:, self.period - 1 :: self.period]  # in rows without padding, and no copy
+            return self.read("keys", rows, columns) if self._padded else every
         resident = self.read("keys", rows, columns[:, self._settled :])
         if self._resident is not None:
             resident = torch.cat([self._resident[:, : self._settled], resident], 1)

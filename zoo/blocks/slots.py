@@ -158,6 +158,10 @@ class SlotMixer(Mixer):
         out, lse = _attend(q, k[..., : self.head_dim], v, first, stop)
         if slots is not None:
             out, _ = merged(out, lse, *_attend(plain, *self.see(slots, seen, ends, row, position)))
+        elif torch.is_grad_enabled():
+            # Who makes slots gets a gradient (0) all the same: data parallel training waits for each.
+            none = k.new_empty(0, self.parts, self.num_kv_heads, self.head_dim)
+            out = out + sum(each.sum() for each in self.make(none, none))
         if state is not None:
             self._keep(state, k, v, slots, begin, seen, ends)
         out = out.to(q.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zoo.ops.dispatch import implements
 from zoo.ops.softmax_attention import softmax_attention
+from zoo.ops.varlen import real_first
 
 
 @implements("infini_attention", "torch")
@@ -197,7 +198,7 @@ def _padded(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's real tokens brought together at its beginning, each query beside its own key."""
     past = key_mask.shape[1] - q.shape[1]
-    order = key_mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    order = real_first(key_mask)
     tokens = key_mask.sum(1)
     columns = torch.arange(key_mask.shape[1], device=q.device)
     real = (columns < tokens[:, None])[..., None, None]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops.softmax_attention.pattern import Pattern
-from zoo.ops.varlen import document_ids
+from zoo.ops.varlen import document_ids, real_first
 
 
 class Intervals(NamedTuple):
@@ -179,7 +179,7 @@ class _Documents(NamedTuple):
             rank = index - cu_seqlens.long()[of]
         if key_mask is not None:
             of, is_real, rank = of.expand(key_mask.shape), key_mask, (key_mask.cumsum(1) - 1).clamp_min(0)
-            lengths, by_rank = key_mask.sum(1, keepdim=True), (~key_mask).argsort(dim=1, stable=True)
+            lengths, by_rank = key_mask.sum(1, keepdim=True), real_first(key_mask)
         group = torch.where(is_real, of * dilation + rank % dilation, lengths.shape[1] * dilation)
         if dilation == 1:
             order = by_rank
