@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.inputs import Case, Shape, cases
+from benchmarks.inputs import SPARSE, Case, Shape, cases
 from benchmarks.inputs import make_inputs as random_inputs
-from benchmarks.ops import BOTH, DECODE, FORWARD, measure, on_backend
-from benchmarks.rows import DTYPES, Options
+from benchmarks.ops import BOTH, DECODE, FORWARD, FORWARD_ONLY, measure, on_backend
+from benchmarks.rows import Options
 
 STATEFUL = ("linear_attention", "selective_scan", "causal_conv1d")
 WITH_LSE = ("softmax_attention", "interval_attention")
@@ -98,13 +98,15 @@ def jobs(options: Options) -> dict[str, Job]:
         case = case._replace(heads=min(2, case.heads), width=16) if options.quick else case
         mode = Mode(*LENGTH[size], gradients)
         found[named(case, mode)] = Job(partial(in_turn, [partial(check, case, mode, options)]), gigabytes)
-    found["select_blocks"] = Job(partial(in_turn, [partial(choices, mode, options) for mode in CHOICES[size]]), 20)
     for case in cases(size):
         modes = [mode for mode in MODES[size] if case.op in PACKED or not mode.packed]
         if case.variant == "top_k":  # of two blocks that are nearly alike float32 may choose another than float64
             modes = [mode for mode in modes if mode.dtype == "bfloat16" or options.quick]
         calls = [partial(check, case, mode, options) for mode in modes]
-        found[named(case)] = Job(partial(in_turn, [*calls, partial(warm, case, options)]))
+        if case.op == "select_blocks":
+            calls = [partial(choices, case, mode, options) for mode in CHOICES[size]]
+        gigabytes = 40 if case.op == "select_blocks" else 12 if case.op in SPARSE else 4
+        found[named(case)] = Job(partial(in_turn, [*calls, partial(warm, case, options)]), gigabytes)
     return found
 
 
@@ -242,32 +244,26 @@ def relative_error(out: Tensor, ref: Tensor) -> float:
     return error if error < float("inf") else float("inf")
 
 
-def choices(mode: Mode, options: Options) -> Result:
+def choices(case: Case, mode: Mode, options: Options) -> Result:
     """select_blocks' choice for a long row against that of float64. Where two blocks are nearly alike either may be
     chosen: what counts is the share of the rows that differ."""
-    torch.manual_seed(0)
-    q = torch.randn(mode.batch, mode.length, 32, 128, device=options.device, dtype=DTYPES[mode.dtype])
-    position = torch.arange(mode.length, device=options.device).expand(mode.batch, -1)
-    k = torch.randn(mode.batch, max(0, mode.length - 16) // 16, 2, 128, device=options.device, dtype=q.dtype)
-    rule = {"compress_block": 32, "compress_stride": 16, "select_block": 64, "top_n": 16}
-
-    def choose(backend: str, dtype: torch.dtype) -> Tensor:
-        return on_backend(
-            backend, "select_blocks", rule, q=q.to(dtype), k=k.to(dtype), first=0 * position, position=position
-        )
-
-    found, again = choose("triton", q.dtype), choose("triton", q.dtype)
-    differ = (found.sort(-1).values != choose("torch", torch.float64).sort(-1).values).any(-1)
-    share, repeatable = differ.double().mean().item(), torch.equal(found, again)
-    name = f"select_blocks, {mode.dtype} {mode.batch} x {mode.length}"
-    return {"check": name, "passed": share < 1e-3 and repeatable, "repeatable": repeatable, "errors": {"rows": share}}
+    tensors, fixed = make_inputs(case, mode, options)
+    found, again = (on_backend("triton", case.op, fixed, **tensors) for _ in range(2))
+    exact = on_backend("torch", case.op, fixed | {"lse": None}, **{name: t.double() for name, t in tensors.items()})
+    share = (found.sort(-1).values != exact.sort(-1).values).any(-1).double().mean().item()
+    passed, repeatable = share < 1e-3, torch.equal(found, again)
+    errors = {"rows": share}
+    return {"check": named(case, mode), "passed": passed and repeatable, "repeatable": repeatable, "errors": errors}
 
 
 def warm(case: Case, options: Options) -> Result:
     """Runs what the benchmark of this case will, on few tokens: compiled kernels stay in Triton's cache."""
     failed = {}
     few = Shape(1, WARM[options.size])
-    for pass_, shape in ((FORWARD, few), (BOTH, few), (DECODE, Shape(1, 1, decode=True))):
+    passes = [(FORWARD, few), (BOTH, few), (DECODE, Shape(1, 1, decode=True))]
+    if case.op in FORWARD_ONLY:
+        passes.remove((BOTH, few))
+    for pass_, shape in passes:
         row = measure(case, shape, pass_, "bfloat16", Options(options.device, quick=True))
         failed |= row.get("failed", {})
     return {"check": f"{named(case)}, benchmark", "passed": not failed} | ({"failed": [str(failed)]} if failed else {})

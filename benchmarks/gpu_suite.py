@@ -1,15 +1,19 @@
 """Everything that a GPU should check, in one command of under nine minutes.
 
-    python -m benchmarks.gpu_suite --out DIR [--only checks,ops,train,decode] [--match REGEX] [--minutes 8.5]
+    python -m benchmarks.gpu_suite --out DIR [--only checks,goals,ops,train,decode,context] [--match REGEX]
+                                   [--minutes 8.5]
 
 checks   every kernel against float64 on real shapes, a million tokens too, and the kernels' tests (gpu_checks.py)
+goals    whole attentions at 65,536 tokens beside flash or FlexAttention, and whether they are as fast as they should
+         be (goals.py)
 ops      every op against its peers at 2k to 128k tokens in bfloat16 (benchmarks.ops), the most telling shapes first
 train    a training step of three models of a billion parameters at 8,192 tokens
 decode   their next token after 4k, 128k and 1M tokens, and what their caches weigh
+context  stacks of each way to attend, at 64k tokens against 4k (benchmarks.context)
 
 Each row is written as it comes: figures to DIR/<gpu>.json, as `python -m benchmarks` writes them (DIR may be
-benchmarks/results), the rest to DIR/checks/<gpu>.json: the checks, what failed, what there was no time for. --match
-keeps the jobs and rows whose names it finds. --tiny is for a CPU: small sizes, kernels interpreted.
+benchmarks/results), the rest to DIR/checks/<gpu>.json: the checks, the goals, what failed, what there was no time for.
+--match keeps the jobs and rows whose names it finds. --tiny is for a CPU: small sizes, kernels interpreted.
 
 From a session that is lent a GPU, with the wheels of what is missing there (jsonargparse, docstring-parser,
 typeshed-client, fla-core, einops) in .whl, a folder that git ignores and the call carries:
@@ -41,7 +45,7 @@ import transformers
 from rich.console import Console
 
 import zoo
-from benchmarks import gpu_checks, machine, ops
+from benchmarks import context, goals, gpu_checks, machine, ops
 from benchmarks.__main__ import overview, peaks
 from benchmarks.models import parameters
 from benchmarks.rows import DTYPES, Options, Row, Task, Work, make_row, summary
@@ -51,7 +55,7 @@ from zoo.blocks.state import KeyValueState
 from zoo.models import ZooForCausalLM
 
 # The share of the time that a section may take; what it leaves is for the later ones.
-SHARES = {"checks": 0.34, "ops": 0.36, "train": 0.18, "decode": 0.12}
+SHARES = {"checks": 0.30, "goals": 0.08, "ops": 0.29, "train": 0.13, "decode": 0.10, "context": 0.10}
 PROCESSES = 14  # of checks side by side
 DTYPE = "bfloat16"
 OPS_ORDER = (8192, 65536, 131072, 32768, 2048, 1)  # lengths
@@ -192,7 +196,13 @@ def decode(name: str, context: int, options: Options) -> Row:
     )
 
 
-PLANS: dict[str, Callable[[Options], list[Task]]] = {"ops": plan_ops, "train": plan_train, "decode": plan_decode}
+PLANS: dict[str, Callable[[Options], list[Task]]] = {
+    "goals": goals.plan,
+    "ops": plan_ops,
+    "train": plan_train,
+    "decode": plan_decode,
+    "context": context.plan,
+}
 
 
 # How they run
@@ -208,7 +218,7 @@ class Report:
         self.content: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def start(self, device: str) -> None:
-        lists: dict[str, Any] = {"checks": [], "failed": {}, "tried": [], "left_out": [], "seconds": {}}
+        lists: dict[str, Any] = {"checks": [], "goals": [], "failed": {}, "tried": [], "left_out": [], "seconds": {}}
         self.write(machine=machine.describe(device), versions=machine.versions(), **lists)
 
     def write(self, **more: Any) -> None:
@@ -237,7 +247,10 @@ def measure(section: str, match: str, end: float, out: Path, options: Options) -
             if re.search(r"CUDA error|Triton Error \[CUDA\]", said):
                 raise SystemExit(1) from error
         else:
-            machine.record(machine.path(options.device, out), options.device, dict(options.peaks), section, [row])
+            if section == "goals":
+                report.write(goals=[*report.content["goals"], row])
+            else:
+                machine.record(machine.path(options.device, out), options.device, dict(options.peaks), section, [row])
             print(summary(row), flush=True)
 
 
@@ -354,7 +367,7 @@ def tell(report: Report, results: dict[str, Any]) -> None:
     """The short table at the end."""
     console = Console(highlight=False, width=150)
     rows = [row for row in results["ops"] if row["pass"] == ops.BOTH and row["shape"]["length"] in TOLD]
-    console.print(overview([*rows, *results["train"], *results["decode"]]))
+    console.print(overview([*rows, *results["train"], *results["decode"], *results["context"]]))
     say = partial(console.print, markup=False, soft_wrap=True)
     for row in results["train"]:
         figures = row["candidates"]["zoo"]
@@ -364,7 +377,10 @@ def tell(report: Report, results: dict[str, Any]) -> None:
         say(f"{row['what']} {row['pass']}: {per_token:.2f} ms a token, a cache of {row['cache_bytes'] / 1e9:.3f} GB")
     for name, said in report.content["failed"].items():
         say(f"{name} failed: {said}")
-    for row in (row for section in PLANS for row in results[section]):
+    found = results | {"goals": report.content["goals"]}
+    for row in found["goals"]:
+        say(goals.verdict(row))
+    for row in (row for section in PLANS for row in found[section]):
         for name, said in row.get("failed", {}).items():
             say(f"{row['what']} {row['pass']} {row['shape']}: {name} failed: {said}")
     wrong = [each for each in report.content["checks"] if verdict(each) != "right"]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from benchmarks.rows import DTYPES, Options, Work
+from zoo import ops
 from zoo.ops.softmax_attention import Pattern
 
 STATE_SIZE, TAPS, EPS = 16, 4, 1e-6
@@ -24,7 +25,10 @@ SEGMENT = 2048  # of Infini-attention
 CACHED = {"cpu": 4096, "cuda": 32768, "quick": 32}  # keys that one token attends to
 HEADS = {"cpu": ((4, 64), (8, 128)), "cuda": ((32, 64), (16, 128), (8, 256)), "quick": ((2, 16),)}
 CHANNELS = {"cpu": (512, 1536), "cuda": (2048, 4096), "quick": (32,)}
-WINDOW, SINKS, SOFTCAP, BLOCK = 512, 4, 30.0, 16
+WINDOW, SINKS, SOFTCAP = 512, 4, 30.0
+# NSA's compressed and chosen tiers, one shape for their three ops, so that their rows add up.
+SPARSE = ("interval_attention", "select_blocks", "block_sparse_attention")
+SPARSE_HEADS = HEADS | {"cuda": ((64, 128),)}
 CHOSEN_BLOCK, FEW = 64, 4  # keys in a block to choose, and where there are no more than one such
 CHOSEN, SHARED = 16, 16  # blocks of a query, and query heads that choose together
 VARIANTS = {
@@ -33,6 +37,7 @@ VARIANTS = {
     "causal_conv1d": (None,),
     "gated_rms_norm": ("gate first", "norm first"),  # Mamba-2's with SiLU, Lightning's with a sigmoid
     "block_sparse_attention": (None,),  # NSA's blocks, at random but for the first and the last two
+    "select_blocks": (None,),  # the choice of such, with the log-sum-exp that the compressed tier gives
     "softmax_attention": (None, "window", "sinks", "strided+random", "softcap"),  # as the op tells its kinds apart
     "interval_attention": (None,),  # to blocks that end before the query, the compressed tier of NSA
     "landmark_attention": (None, "top_k"),
@@ -70,8 +75,25 @@ def cases(size: str) -> list[Case]:
         Case(op, variant, *shape)
         for op, variants in VARIANTS.items()
         for variant in variants
-        for shape in (HEADS[size] if op.endswith("attention") else [(1, width) for width in CHANNELS[size]])
+        for shape in _shapes(op, size)
     ]
+
+
+def _shapes(op: str, size: str) -> tuple[tuple[int, int], ...]:
+    """Heads and width."""
+    if op in SPARSE:
+        return SPARSE_HEADS[size]
+    return HEADS[size] if op.endswith("attention") else tuple((1, width) for width in CHANNELS[size])
+
+
+def shared_heads(heads: int) -> int:
+    """Key heads of the sparse tiers."""
+    return max(1, heads // SHARED)
+
+
+def chosen_block(keys: int) -> int:
+    """Keys in a block to choose."""
+    return CHOSEN_BLOCK if keys > CHOSEN_BLOCK else FEW
 
 
 def make_inputs(case: Case, shape: Shape, dtype: str, options: Options) -> Inputs:
@@ -87,6 +109,8 @@ def floor(case: Case, shape: Shape, dtype: str, inputs: Inputs, backward: bool) 
     tokens = shape.batch * shape.length
     given = sum(tensor.nbytes for tensor in inputs.tensors.values())
     made = tokens * case.heads * case.width * DTYPES[dtype].itemsize
+    if case.op == "select_blocks":
+        made = tokens * shared_heads(case.heads) * CHOSEN * torch.int64.itemsize
     if "initial_state" in inputs.tensors:
         made += inputs.tensors["initial_state"].nbytes
     if backward:
@@ -170,14 +194,29 @@ def _softmax_attention(case: Case, shape: Shape, random: Random, wide: Random) -
 
 
 def _interval_attention(case: Case, shape: Shape, random: Random, wide: Random) -> Made:
+    """As many keys as the text has compressed blocks, NSA's: half as long as those to choose, begun every quarter."""
+    batch, length, heads, width = shape.batch, shape.length, case.heads, case.width
+    keys = shape.keys or length
+    block, stride = chosen_block(keys) // 2, chosen_block(keys) // 4
+    tensors = {"q": random(batch, length, heads, width)}
+    compressed = max(1, (keys - block + stride) // stride)
+    tensors |= {name: random(batch, compressed, shared_heads(heads), width) for name in ("k", "v")}
+    position = torch.arange(keys - length, keys, device=tensors["q"].device)
+    stop = ((position + 1 - block + stride) // stride).clamp(min=0)
+    fixed = {name: bound.expand(batch, -1) for name, bound in (("first", 0 * stop), ("stop", stop))}
+    return tensors, fixed, 4 * batch * int(stop.sum()) * heads * width
+
+
+def _select_blocks(case: Case, shape: Shape, random: Random, wide: Random) -> Made:
+    tensors, within, flops = _interval_attention(case, shape, random, wide)
+    with torch.no_grad():
+        _, lse = ops.interval_attention(**tensors, **within, return_lse=True)
     keys = shape.keys or shape.length
-    block = min(BLOCK, max(1, keys // 4))
-    blocks = Shape(shape.batch, shape.length, keys=max(1, keys // block))
-    tensors, _, _ = _softmax_attention(case._replace(variant=None), blocks, random, wide)
-    stop = torch.arange(keys - shape.length + 1, keys + 1, device=tensors["q"].device) // block
-    fixed = {"first": torch.zeros_like(stop), "stop": stop}
-    fixed = {name: bound.expand(shape.batch, -1) for name, bound in fixed.items()}
-    return tensors, fixed, 4 * shape.batch * int(stop.sum()) * case.heads * case.width
+    size = chosen_block(keys)
+    position = torch.arange(keys - shape.length, keys, device=lse.device).expand(shape.batch, -1)
+    fixed = {"first": within["first"], "position": position, "lse": lse, "top_n": CHOSEN}
+    fixed |= {"compress_block": size // 2, "compress_stride": size // 4, "select_block": size}
+    return {name: tensors[name] for name in ("q", "k")}, fixed, flops // 2  # no values
 
 
 def _landmark_attention(case: Case, shape: Shape, random: Random, wide: Random) -> Made:
@@ -199,10 +238,10 @@ def _landmark_attention(case: Case, shape: Shape, random: Random, wide: Random) 
 
 def _block_sparse_attention(case: Case, shape: Shape, random: Random, wide: Random) -> Made:
     batch, length, heads, width = shape.batch, shape.length, case.heads, case.width
-    keys, kv_heads = shape.keys or length, max(1, heads // SHARED)
+    keys, kv_heads = shape.keys or length, shared_heads(heads)
     tensors = {"q": random(batch, length, heads, width)}
     tensors |= {name: random(batch, keys, kv_heads, width) for name in ("k", "v")}
-    size = CHOSEN_BLOCK if keys > CHOSEN_BLOCK else FEW
+    size = chosen_block(keys)
     position = torch.arange(keys - length, keys, device=tensors["q"].device)[:, None, None]
     own = (position // size).expand(batch, -1, kv_heads, -1)
     others = (torch.rand(batch, length, kv_heads, CHOSEN - 3, device=own.device) * (own + 1)).long()
@@ -235,6 +274,7 @@ _makers: dict[str, Callable[[Case, Shape, Random, Random], Made]] = {
     "causal_conv1d": _causal_conv1d,
     "gated_rms_norm": _gated_rms_norm,
     "block_sparse_attention": _block_sparse_attention,
+    "select_blocks": _select_blocks,
     "softmax_attention": _softmax_attention,
     "interval_attention": _interval_attention,
     "landmark_attention": _landmark_attention,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.inputs import CACHED, Case, Shape, cases, floor, make_inputs
+from benchmarks.inputs import CACHED, SPARSE, Case, Shape, cases, floor, make_inputs
 from benchmarks.rows import Options, Row, Task, make_row
 from benchmarks.timing import Timing, alternate
 from zoo import ops
@@ -20,7 +20,8 @@ FORWARD, BOTH, DECODE = "forward", "forward+backward", "decode"
 LENGTHS = {"cpu": (512, 4096), "cuda": (2048, 8192, 32768, 65536, 131072), "quick": (32,)}
 TOKENS = {"cpu": 4096, "cuda": 131072, "quick": 64}  # of all rows of a batch together
 # Whose one token attends to a cache.
-CACHING = ("softmax_attention", "interval_attention", "landmark_attention", "block_sparse_attention")
+CACHING = ("softmax_attention", "landmark_attention", *SPARSE)
+FORWARD_ONLY = ("select_blocks",)  # without a gradient
 SLOW_REFERENCE = 512  # tokens beyond which one token at a time takes too long
 # Ours and the peers' names of what is a constant there, as in the model, and gets no gradient.
 CONSTANT = {"per head": ("log_decay", "dt", "A")}
@@ -40,6 +41,7 @@ def plan(options: Options) -> list[Task]:
         for case in cases(options.size)
         for dtype in options.dtypes
         for shape, pass_ in shapes
+        if pass_ != BOTH or case.op not in FORWARD_ONLY
     ]
 
 

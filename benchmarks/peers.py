@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.inputs import CHOSEN_BLOCK, EPS, FEW
+from benchmarks.inputs import EPS, chosen_block
 from benchmarks.rows import Options
 from zoo.ops.linear_attention.ssd import WRONG_FROM
 
@@ -58,16 +58,18 @@ def _peer(op: str, name: str) -> Callable[[Builder], Builder]:
 def _(tensors: dict[str, Tensor], variant: str | None, decode: bool) -> Call | None:
     if variant is not None:  # which FlexAttention serves, our library backend
         return None
-    return _dense(tensors, decode)
+    return dense(tensors, decode)
 
 
 @_peer("landmark_attention", "sdpa")
 def _(tensors: dict[str, Tensor], variant: str | None, decode: bool) -> Call:
     """Plain attention: no public kernel has the grouped softmax."""
-    return _dense(tensors, decode)
+    return dense(tensors, decode)
 
 
-def _dense(tensors: dict[str, Tensor], decode: bool) -> Call:
+def dense(tensors: dict[str, Tensor], decode: bool) -> Call:
+    """Attention to everything, of which torch has a flash kernel."""
+
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=not decode, enable_gqa=True).transpose(1, 2)
 
@@ -81,7 +83,7 @@ def _(tensors: dict[str, Tensor], variant: str | None, decode: bool) -> Call | N
     q, k, v, blocks = (tensors[name] for name in ("q", "k", "v", "block_indices"))
     if decode or q.shape[2] // k.shape[2] < 16:  # as many queries as keys; and what it asks for
         return None
-    size = CHOSEN_BLOCK if k.shape[1] > CHOSEN_BLOCK else FEW
+    size = chosen_block(k.shape[1])
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return parallel_nsa(q, k, v, block_indices=blocks, block_counts=blocks.shape[-1], block_size=size)
@@ -92,11 +94,7 @@ def _(tensors: dict[str, Tensor], variant: str | None, decode: bool) -> Call | N
 @_peer("infini_attention", "sdpa")
 def _(tensors: dict[str, Tensor], variant: str | None, decode: bool) -> Call:
     """Plain attention over everything, which is what a text is read with otherwise."""
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-    return Call(call, {name: tensors[name].transpose(1, 2).contiguous() for name in "qkv"})
+    return dense(tensors, decode)
 
 
 def _as_ssd(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

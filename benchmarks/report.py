@@ -172,7 +172,8 @@ def context(rows: list[Row]) -> str:
 
 
 def stream(rows: list[Row]) -> str:
-    (row,) = rows
+    """Of the longest text; a file may hold shorter ones of other runs."""
+    row = max(rows, key=lambda row: row["shape"]["length"])
     first, last = (each / 1e6 for each in row["resident_bytes"])
     early, late = (candidate["ms"] for candidate in row["candidates"].values())
     mixers, kilobytes = ", ".join(row["mixers"]), row["tensor_bytes"] / 1e3

@@ -35,8 +35,9 @@ def seen(fields: dict, tier: str) -> Tensor:
     op = getattr(ops, name)
 
     def watched(*arguments, **keywords):
-        outs.append(op(*arguments, **keywords))
-        return outs[0]
+        result = op(*arguments, **keywords)
+        outs.append(result[0] if isinstance(result, tuple) else result)  # some are asked for (out, lse)
+        return result
 
     # A slow drift makes neighbours alike, so that the choice has something to find.
     x = torch.randn(1, LENGTH, 32).double() + 1.5 * torch.randn(1, LENGTH // 16, 32).double().repeat_interleave(16, 1)

@@ -36,6 +36,28 @@ def test_the_whole_suite(tmp_path, capfd):
     assert "4 checks right, 0 not" in capfd.readouterr().out
 
 
+def test_goals_and_contexts(tmp_path, capfd):
+    """The goals' rows are in the report, with a line each; those of long contexts are figures as others."""
+    match = "hierarchical beside|window beside|window bfloat16 next"
+    gpu_suite.main(["--tiny", "--out", str(tmp_path), "--match", match, "--only", "goals,context"])
+    results = machine.read(machine.path("cpu", tmp_path))
+    assert [row["what"] for row in results["context"]] == ["window"]
+    report = json.loads(machine.path("cpu", tmp_path / "checks").read_text())
+    assert [row["what"] for row in report["goals"]] == ["hierarchical", "window"] and not report["failed"]
+    said = capfd.readouterr().out
+    assert "times as fast as sdpa, 4 asked for: " in said
+    assert "window at 160 tokens, forward+backward: not compared with flex" in said  # which needs a GPU
+    assert "per token: " in said
+
+
+def test_the_sections_are_all_there():
+    assert gpu_suite.SHARES.keys() == {"checks", *gpu_suite.PLANS}
+    assert sum(gpu_suite.SHARES.values()) == pytest.approx(1)
+    cuda = Options("cuda", ("bfloat16",))
+    planned = {section: {task.what for task in plan(cuda)} for section, plan in gpu_suite.PLANS.items()}
+    assert planned["goals"] == {"hierarchical", "landmark", "window"} < planned["context"]
+
+
 class Askew(torch.autograd.Function):
     """The identity, with a gradient that is 1% off."""
 
@@ -114,6 +136,18 @@ def test_a_check_finds_what_changes_from_run_to_run(kernels):
     generator = torch.Generator()
     result = check(CASES[-1], Mode("float32", 1, 50, gradients=False), OPTIONS)
     assert max(result["errors"].values()) < 1e-5 and not result["repeatable"] and not result["passed"]
+
+
+def test_a_check_of_choices(kernels):
+    """Of 1,300 tokens, the last of which choose 16 among 21 blocks."""
+    case, mode = Case("select_blocks", None, 2, 16), Mode("float32", 1, 1300)
+    assert gpu_checks.named(case) in gpu_checks.jobs(OPTIONS)
+    assert gpu_checks.choices(case, mode, OPTIONS)["passed"]
+    kernels["out"] = lambda chosen: torch.where(torch.arange(1300)[:, None, None] == 1299, chosen - 1, chosen)
+    result = gpu_checks.choices(case, mode._replace(batch=2), OPTIONS)
+    assert result["errors"] == {"rows": pytest.approx(1 / 1300)}
+    kernels["out"] = lambda chosen: chosen - 1
+    assert not gpu_checks.choices(case, mode, OPTIONS)["passed"]
 
 
 @pytest.mark.parametrize("worst", [float("nan"), float("inf")])

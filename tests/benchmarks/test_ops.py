@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks import ops
-from benchmarks.inputs import CACHED, STATE_SIZE, VARIANTS, Case, Shape, cases, make_inputs
-from benchmarks.ops import BOTH, DECODE, FORWARD, measure, runner, time_those_that_run
+from benchmarks.inputs import CACHED, CHOSEN, SPARSE, STATE_SIZE, VARIANTS, Case, Shape, cases, make_inputs
+from benchmarks.ops import BOTH, DECODE, FORWARD, FORWARD_ONLY, measure, runner, time_those_that_run
 from benchmarks.rows import Options
 
 ONE = Shape(1, 1, decode=True)
@@ -16,7 +16,40 @@ def test_the_plan_has_every_op_pass_and_dtype_once():
     labels = [task.label for task in ops.plan(Options(quick=True))]
     shared = sum(len(variants) - 1 for variants in VARIANTS.values())
     assert len(labels) == len(set(labels)) + shared * 2 * 3, "an op's variants share their labels"
+    assert len(set(labels)) == 2 * (3 * len(VARIANTS) - len(FORWARD_ONLY))
     assert {task.what for task in ops.plan(OPTIONS)} == set(VARIANTS)
+
+
+def test_the_sparse_tiers_have_one_shape():
+    """NSA's on a GPU, so that their rows add up; and the choice is timed, forward and with a cache."""
+    shapes = {op: [case[2:] for case in cases("cuda") if case.op == op] for op in SPARSE}
+    assert shapes == {op: [(64, 128)] for op in SPARSE}
+    for length in (40, 256):  # in few keys, and in as many as NSA's blocks have
+        made = {op: make_inputs(Case(op, None, 32, 16), Shape(1, length), "float32", OPTIONS) for op in SPARSE}
+        interval, choice, sparse = made.values()
+        assert {each.tensors["k"].shape[2] for each in made.values()} == {2}
+        assert choice.tensors["k"].shape == interval.tensors["k"].shape
+        assert choice.fixed["select_block"] == sparse.fixed["block_size"]
+        block, stride = (choice.fixed[f"compress_{name}"] for name in ("block", "stride"))
+        ends = [i * stride + block for i in range(interval.tensors["k"].shape[1])]
+        assert interval.fixed["stop"][0].tolist() == [sum(end <= t + 1 for end in ends) for t in range(length)]
+        assert ends[-1] <= length < ends[-1] + stride
+    passes = {task.measure.args[2] for task in ops.plan(OPTIONS) if task.what == "select_blocks"}
+    assert passes == {FORWARD, DECODE}
+
+
+def test_the_choice_is_told_what_the_compressed_tier_found():
+    """It would compute the same log-sum-exp again, and choose the same."""
+    inputs = make_inputs(Case("select_blocks", None, 32, 16), Shape(2, 256), "float32", OPTIONS)
+    chosen, again = (
+        ops.on_backend("torch", "select_blocks", inputs.fixed | more, **inputs.tensors) for more in ({}, {"lse": None})
+    )
+    assert torch.equal(chosen, again)
+    floor = measure(Case("select_blocks", None, 32, 16), Shape(2, 256), FORWARD, "float32", OPTIONS)["floor"]
+    seen = sum(max(0, (t + 1 - 16) // 16) for t in range(256))  # compressed blocks, by all queries of a row
+    assert floor["flops"] == 2 * 2 * seen * 32 * 16
+    given = 4 * (2 * 256 * 32 * 16 + 2 * 15 * 2 * 16)
+    assert floor["bytes"] == given + 8 * 2 * 256 * 2 * CHOSEN
 
 
 def test_floors_of_linear_attention():
@@ -61,7 +94,10 @@ def test_the_backends_and_the_peer_are_candidates():
     assert row["candidates"]["torch"]["byte_fraction"] > 0
 
 
-@pytest.mark.parametrize("case", cases("quick"), ids=lambda case: f"{case.op}-{case.variant}")
+DIFFERENTIABLE = [case for case in cases("quick") if case.op not in FORWARD_ONLY]
+
+
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=lambda case: f"{case.op}-{case.variant}")
 def test_backward_makes_every_gradient(case):
     inputs = make_inputs(case, Shape(1, 8), "float32", OPTIONS)
     constant = ops.CONSTANT.get(case.variant, ())

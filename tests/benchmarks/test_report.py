@@ -87,7 +87,10 @@ def test_streaming_is_told_in_words(results):
     shape = {"batch": 1, "length": 100_000, "trained": 64}
     candidates = {"first tenth": candidate(1.5), "last tenth": candidate(1.625)}
     more = {"mixers": ["sinks", "mamba"], "tensor_bytes": 45_678, "resident_bytes": [300_000_000, 301_000_000]}
-    page = report.page([results | {"stream": [row("stream", "token by token", shape, candidates, **more)]}])
+    longest = row("stream", "token by token", shape, candidates, **more)
+    shorter = row("stream", "token by token", shape | {"length": 20_000}, candidates, **more | {"tensor_bytes": 10})
+    page = report.page([results | {"stream": [longest, shorter]}])
+    assert page.count("### Streaming") == 1 and "20,000" not in page
     assert "A layer each of sinks, mamba," in page and "100,000 tokens one by one behind a prompt of 64." in page
     assert "45.7 kB" in page and "300.0 MB" in page and "1.50 ms in the first and 1.62 ms in the last" in page
 

@@ -69,7 +69,32 @@ def test_a_page_that_cannot_be_written(model: Path, tmp_path: Path, capsys: pyte
     folder.mkdir()
     assert main(["describe", str(model), "--html", str(folder)]) == 2
     assert "cannot be written" in capsys.readouterr().err
+    for place in (".", "/"):
+        assert main(["describe", str(model), "--html", place]) == 2
+        assert capsys.readouterr().err == f"error: --html: {place}: is a folder; give a file\n"
+    for place in (tmp_path / ("a" * 300), model / "page.html"):
+        assert main(["describe", str(model), "--html", str(place)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: --html: {place}: cannot be written (")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "model.yaml"]
+
+
+def test_a_page_of_a_model_whose_name_is_not_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, page = tmp_path / "mod\udcffel.yaml", tmp_path / "page.html"
+    path.write_text(yaml.safe_dump(MODEL))
+    printed(["describe", str(path), "--html", str(page)], capsys)
+    assert "mod\\udcffel.yaml" in page.read_text()
+
+
+def test_the_longest_length(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(["describe", str(model), "--length", "1024G"], capsys)
+    assert lines == printed(["describe", str(model), "--length", str(2**40)], capsys)
+    assert "state after 1,099,511,627,776 tokens" in lines[11]
+
+
+def test_a_model_that_is_for_fewer_tokens(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixer = {"kind": "linear", "num_heads": 2, "feature_map": "cosformer", "max_length": 20}
+    model.write_text(yaml.safe_dump({**MODEL, "blocks": {"cosformer": {"mixer": mixer}}, "pattern": "cosformer"}))
+    assert printed(["describe", str(model)], capsys)[2].startswith("0      cosformer        linear + moe")
 
 
 def test_mistakes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

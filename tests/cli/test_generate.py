@@ -124,6 +124,43 @@ def test_the_printer_forgets_what_it_has_written() -> None:
     assert len(printer.tokens) < 20 and printer.out.getvalue() == "B" * 1000
 
 
+@pytest.mark.parametrize(
+    ("token", "text"),
+    [(0x80, "\N{REPLACEMENT CHARACTER}" * 2000), (0xFF, "\N{REPLACEMENT CHARACTER}" * 2000), (256, "")],
+)
+def test_the_printer_keeps_little_where_no_text_comes(token: int, text: str) -> None:
+    printer = TextPrinter(load_tokenizer("bytes"), io.StringIO())
+    printer.put(torch.tensor([[65]]))
+    for step in range(2000):
+        printer.put(torch.tensor([token]))
+        assert len(printer.tokens) < 20
+        assert len(printer.out.getvalue()) >= min(len(text), step - 4)
+    printer.put(torch.tensor([66]))
+    printer.end()
+    assert printer.out.getvalue() == f"{text}B\n"
+
+
+def test_tokens_that_the_tokenizer_does_not_call_special_and_that_have_no_text() -> None:
+    backend = Tokenizer(models.WordLevel({"▁one": 0, "": 1, "▁two": 2}, unk_token="▁one"))
+    backend.decoder = decoders.Metaspace()
+    printer = TextPrinter(PreTrainedTokenizerFast(tokenizer_object=backend), io.StringIO())
+    printer.put(torch.tensor([[0]]))
+    for _ in range(2000):
+        printer.put(torch.tensor([1]))
+        assert len(printer.tokens) < 20
+    printer.put(torch.tensor([2]))
+    assert printer.out.getvalue() == " two"
+
+
+def test_characters_amid_bytes_that_are_none() -> None:
+    """Piece by piece it is what the bytes are at once, whatever they are."""
+    generator = torch.Generator().manual_seed(0)
+    some = torch.tensor([0x41, 0x80, 0x9F, 0x98, 0xE4, 0xB8, 0xAD, 0xF0, 0xFF, 0xC3])
+    for _ in range(50):
+        data = bytes(some[torch.randint(len(some), (60,), generator=generator)].tolist()) + "中😀".encode()
+        assert "".join(streamed(data)) == data.decode(errors="replace")
+
+
 class Writes(io.StringIO):
     def __init__(self) -> None:
         super().__init__()
@@ -183,6 +220,40 @@ def test_a_cache_that_cannot_be_kept_elsewhere(saved: Path, tmp_path: Path, caps
         f"--offload: {missing}: cannot keep 1 bytes of the cache (No such file or directory); give `cpu`, or a folder "
         "that can be written to and has room"
     )
+
+
+def test_a_folder_whose_name_torch_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path, **LANDMARK)
+    kept = tmp_path / "kept\udcff"
+    kept.mkdir()
+    message = fails(["generate", str(tmp_path), "--prompt", "x", "--offload", str(kept)], capsys)
+    assert message.startswith(f"--offload: {tmp_path}/kept\\udcff: cannot keep 1 bytes of the cache (")
+    assert not list(kept.iterdir())
+
+
+COSFORMER = {"kind": "linear", "num_heads": 2, "feature_map": "cosformer", "max_length": 20}
+
+
+def test_a_text_that_gets_longer_than_a_layer_is_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    beside = {"kind": "parallel", "branches": [{"kind": "lightning", "num_heads": 2}, COSFORMER]}
+    for mixer in (COSFORMER, beside):
+        save_model(tmp_path, blocks={"b": {"mixer": mixer}}, pattern="b")
+        command = ["generate", str(tmp_path), "--temperature", "0", "--prompt"]
+        assert main([*command, "12345", "--max-new-tokens", "16"]) == 0  # the last is not read
+        assert capsys.readouterr().err == ""
+        assert fails([*command, "12345", "--max-new-tokens", "17"], capsys) == (
+            "--max-new-tokens: 17 tokens after the prompt's 5 are too many, as layer 0 (linear, cosformer) is for 20; "
+            "lower it"
+        )
+        assert fails([*command, "12345"], capsys).startswith("--max-new-tokens: 200 tokens after the prompt's 5 are")
+        assert fails([*command, "x" * 21, "--max-new-tokens", "1"], capsys) == (
+            "--prompt: has 21 tokens, and layer 0 (linear, cosformer) is for 20; give a shorter text"
+        )
+
+
+def test_the_lowest_temperature(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    greedy = generated(saved, capsys, "--temperature", "0")
+    assert generated(saved, capsys, "--temperature", "1e-6") == greedy
 
 
 def test_a_disk_that_fills_while_generating(

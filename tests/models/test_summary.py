@@ -27,6 +27,22 @@ def test_costs_are_the_built_model_s(path: Path) -> None:
     assert total.state_bytes == model.state_bytes(1, 3000)
 
 
+@pytest.mark.parametrize("subject", sorted(SUBJECTS))
+def test_every_subject_has_costs(subject: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoo.models.summary.PROBE_TOKENS", 64)  # segments of 6 tokens are slow without data too
+    config = zoo.load_config(SUBJECTS[subject])
+    summary = summarize(config, 8)
+    assert summary.total.params == zoo.build(config, device="meta").num_params()
+    assert all(cost.activation_bytes > 0 for cost in summary.blocks.values())
+
+
+def test_a_text_that_is_longer_than_cosformer_s_has_costs() -> None:
+    """The probe's 1,024 tokens are no text."""
+    mixer = {"kind": "linear", "num_heads": 2, "feature_map": "cosformer", "max_length": 20}
+    config = zoo.load_config({"vocab_size": 8, "hidden_size": 32, "blocks": {"b": {"mixer": mixer}}, "pattern": "b"})
+    assert summarize(config, 20).total.params == zoo.build(config, device="meta").num_params()
+
+
 @pytest.mark.parametrize("subject", ["zamba", "shared"])
 def test_weights_that_layers_share_are_counted_once(subject: str) -> None:
     config = zoo.load_config(SUBJECTS[subject])

@@ -6,9 +6,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import _maybe_get_opdef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # Where the kernels' tests run: interpreted on the CPU, or on a GPU.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,6 +41,27 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor holds that is made inside, the operators of zoo.ops included: torch runs them
+    with modes off, so they are taken apart here."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operator = _maybe_get_opdef(func)
+        if operator is not None:
+            with self:
+                return operator._init_fn(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        given, made = (
+            {x.untyped_storage()._cdata: x for x in tree_leaves(tree) if isinstance(x, Tensor)}
+            for tree in ((args, kwargs), result)
+        )
+        for x in (x for storage, x in made.items() if storage not in given):  # the others are views
+            self.numbers = max(self.numbers, x.untyped_storage().nbytes() // x.element_size())
+        return result
 
 
 # Of two functions in transformers that give the same output, the one whose gradients are right too: those of the decays

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tests.ops.helpers import poisoned_memory, relative_error
+from tests.ops.helpers import Largest, poisoned_memory, relative_error
 from zoo.ops import backend, block_sparse_attention
 from zoo.ops.block_sparse_attention import chunked
 from zoo.ops.block_sparse_attention.places import Places
@@ -240,23 +240,12 @@ def test_only_out_or_only_lse_is_differentiated() -> None:
 
 def test_memory_is_linear() -> None:
     """Nothing as long as queries times keys is made, forward or backward."""
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, tuple) else (out,):
-                if isinstance(x, Tensor):
-                    largest = max(largest, x.numel())
-            return out
-
     (q, k, v), _ = make(1, 4096, 4096, (2, 1), (4, 4), size=16)
     indices = torch.arange(4096)[None, :, None, None] // 16
     leaves = [x.float().requires_grad_() for x in (q, k, v)]
-    with Watch():
+    with Largest() as largest:
         block_sparse_attention(*leaves, indices, block_size=16).sum().backward()
-    assert largest <= 4 * 4096 * 2 * 4
+    assert largest.numbers <= 4 * 4096 * 2 * 4, largest.numbers
 
 
 @pytest.mark.parametrize(

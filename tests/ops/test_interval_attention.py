@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tests.ops.helpers import poisoned_memory, relative_error
+from tests.ops.helpers import Largest, poisoned_memory, relative_error
 from zoo.ops import backend, interval_attention
 from zoo.ops.interval_attention import chunked
 
@@ -155,3 +155,25 @@ def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
         tensors[name] = tensors[name].long()
     with pytest.raises(ValueError, match=message):
         interval_attention(**tensors)
+
+
+def test_memory_is_linear() -> None:
+    """Nothing as long as queries times keys is made, forward or backward."""
+    length, heads = 4096, 2
+    q, k, v, _, stop = (x.float() for x in make(1, length, length // 4, (heads, 1), (4, 4)))
+    stop = (torch.arange(length)[None] + 1) // 4
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with Largest() as largest:
+        interval_attention(*leaves, torch.zeros_like(stop), stop).sum().backward()
+    assert largest.numbers <= max(chunked.MAX_LOGITS, length * heads * 4)
+
+
+def test_queries_whose_keys_lie_far_apart_do_not_share_them() -> None:
+    """Rows laid end to end, of one query each: the work is that of so many rows, not of its square."""
+    queries, own = 64, 1000
+    rows, keys = torch.randn(1, queries, 1, 1), torch.randn(1, queries * own, 1)
+    first = torch.arange(0, queries * own, own)[None]
+    parts = list(chunked.chunks(rows, keys, first, first + own))
+    assert [i for part in parts for i in range(queries)[part.queries]] == list(range(queries))
+    assert all(part.logits.numel() <= max(own, chunked.MAX_LOGITS) for part in parts)
+    assert sum(part.logits.numel() for part in parts) <= chunked.MAX_WASTE * queries * own

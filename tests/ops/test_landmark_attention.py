@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.ops.helpers import poisoned_memory, relative_error
+from tests.ops.helpers import Largest, poisoned_memory, relative_error
 from zoo.ops import backend, backends, landmark_attention, softmax_attention
 from zoo.ops.landmark_attention import chosen, chunked
 
@@ -338,21 +338,10 @@ def test_flops_of_the_reference_are_those_of_visible_pairs() -> None:
 def test_memory_is_linear_in_the_length(monkeypatch: pytest.MonkeyPatch, top_k: int | None) -> None:
     """No tensor anywhere is as large as the length squared."""
     monkeypatch.undo()
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            for x in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(x, Tensor):
-                    largest = max(largest, x.untyped_storage().nbytes() // 4)
-            return out
-
     tensors = [x.float().requires_grad_() for x in make(1, 4096, 4096, (2, 1), (8, 8))]
-    with Watch():
+    with Largest() as largest:
         landmark_attention(*tensors, every(63, 1, 4096), top_k=top_k).sum().backward()
-    assert largest <= 2 * (chunked.MAX_LOGITS if top_k is None else chosen.MAX_PART)
+    assert largest.numbers <= 2 * (chunked.MAX_LOGITS if top_k is None else chosen.MAX_PART)
 
 
 @TOP_K

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.helpers import Largest
 from zoo.ops import backend, interval_attention, select_blocks
 from zoo.ops.interval_attention import chunked
 
@@ -204,3 +205,14 @@ def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
     options = RULES[0] | {key: value for key, value in change.items() if key not in shapes}
     with pytest.raises(ValueError, match=message):
         select_blocks(**tensors, **options)
+
+
+def test_memory_is_linear() -> None:
+    """Nothing as long as queries times compressed keys is made."""
+    length, heads = 4096, 2
+    q, k = (x.float() for x in make(1, length, length // 4, (heads, 1)))
+    position = torch.arange(length)[None]
+    options = {"compress_block": 4, "compress_stride": 4, "select_block": 16, "top_n": 4}
+    with Largest() as largest:
+        select_blocks(q, k, torch.zeros_like(position), position, **options)
+    assert largest.numbers <= max(chunked.MAX_LOGITS, length * heads * 6)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from zoo.blocks.linear import in_projection
 from zoo.blocks.slots import Position, SlotConfig, SlotMixer, Slots, offsets_of, places_of
+from zoo.ops.varlen import real_first
 from zoo.schema import FieldError, Size
 
 if TYPE_CHECKING:
@@ -123,8 +124,7 @@ class Compressive(SlotMixer):
             index.append(slot + begin[of_row, None])
             end = start
         visible = torch.cat(there, 1)
-        order = visible.logical_not().to(torch.uint8).argsort(dim=1, stable=True)  # those it sees first
-        chosen = torch.cat(index, 1).gather(1, order).clamp(0, len(slots.keys) - 1)
+        chosen = torch.cat(index, 1).gather(1, real_first(visible)).clamp(0, len(slots.keys) - 1)
         keys, values = (x.index_select(0, chosen.flatten()) for x in (slots.keys, slots.values))
 
         mine = position // self.block - first_block[row] + torch.tensor(offsets_of(counts), device=device)[row]

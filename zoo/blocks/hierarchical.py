@@ -39,7 +39,7 @@ from zoo.blocks.linear import in_projection, out_projection
 from zoo.blocks.parallel import ParallelState
 from zoo.blocks.rope import RopeConfig, RotaryEmbedding
 from zoo.blocks.state import KeyValueState, State
-from zoo.ops.varlen import document_ids
+from zoo.ops.varlen import document_ids, real_first
 from zoo.schema import Count, FieldError, Size
 
 if TYPE_CHECKING:
@@ -188,6 +188,26 @@ class UnfinishedState(KeyValueState):
         self._padded = not bool(self["mask"].all())
 
 
+class CompressedState(KeyValueState):
+    """Keys and values of the compressed blocks, in each row one after the other, and then what is none."""
+
+    def append(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        if mask is None and not self._padded:
+            return super().append(keys, values, mask)
+        if keys.shape[1]:
+            # Rows complete their blocks at different steps: a column for each step would be a hole in the others.
+            mask = keys.new_ones(keys.shape[:2], dtype=torch.bool) if mask is None else mask
+            before, (rows, columns) = self["mask"].sum(1), mask.nonzero(as_tuple=True)
+            grow = int((before + mask.sum(1)).max()) - self["mask"].shape[1]
+            for name, new in (("keys", keys), ("values", values), ("mask", mask)):
+                past = self[name]
+                whole = F.pad(past, (*[0, 0] * (past.dim() - 2), 0, grow))
+                whole[rows, before[rows] + columns] = new[rows, columns].to(past.dtype)
+                self.update(**{name: whole})
+            self._buffers, self._padded = {}, True
+        return self["keys"], self["values"], self["mask"]
+
+
 class HierarchicalState(ParallelState):
     """The keys and values of the tokens to choose from and of the window, of the compressed blocks, and of the tokens
     of the block that is not complete yet."""
@@ -299,8 +319,7 @@ class Hierarchical(Mixer):
         else:
             counts = self._blocks_within(mask.sum(1))
             index = torch.arange(int(counts.max()), device=k.device)
-            order = (~mask).long().argsort(dim=1, stable=True)  # the columns of the real tokens, then the others
-            tokens = order[:, (index[:, None] * stride + inside).clamp(max=k.shape[1] - 1)]
+            tokens = real_first(mask)[:, (index[:, None] * stride + inside).clamp(max=k.shape[1] - 1)]
             there = index < counts[:, None]
         short_k, short_v = _take(k, tokens), _take(v, tokens)
         if self.compress_k is not None and self.compress_v is not None:
@@ -311,10 +330,7 @@ class Hierarchical(Mixer):
             unfinished = states["unfinished"]
             assert isinstance(unfinished, UnfinishedState), "new_state() makes one"
             unfinished.drop(tokens.shape[1] * stride if there is None else counts * stride)
-            short_k, short_v, mask = _append(states["compressed"], short_k, short_v, there)
-            if mask is not None:
-                order = (~mask).long().argsort(dim=1, stable=True)[..., None]
-                short_k, short_v = _take(short_k, order)[:, :, 0], _take(short_v, order)[:, :, 0]
+            short_k, short_v, _ = _append(states["compressed"], short_k, short_v, there)
         return short_k, short_v, first
 
     def _blocks_within(self, tokens: Tensor) -> Tensor:
@@ -327,7 +343,7 @@ class Hierarchical(Mixer):
         short_v = k if self.compress_v is not None else k[..., :0]
         states = {
             "unfinished": UnfinishedState(k.clone(), short_v.clone()),
-            "compressed": KeyValueState(k.clone(), short_v.clone()),
+            "compressed": CompressedState(k.clone(), short_v.clone()),
             "select": KeyValueState(k.clone(), k.clone()),
         }
         if self.config.window is not None:
@@ -378,7 +394,8 @@ def _positions(length: int, mask: Tensor | None, context: SequenceContext) -> Te
     tokens; -1 at padding. A position id is no index: it may be given."""
     batch, queries = context.position_ids.shape
     if mask is not None:
-        return (mask.long().cumsum(1) - 1).masked_fill(~mask, -1)[:, length - queries :]
+        before, own = mask.split([length - queries, queries], 1)
+        return (own.cumsum(1) + (before.sum(1, keepdim=True) - 1)).masked_fill(~own, -1)
     index = torch.arange(length - queries, length, device=context.position_ids.device)
     if context.cu_seqlens is not None:
         index = index - context.cu_seqlens[document_ids(context.cu_seqlens, length)]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from zoo import ops
@@ -131,8 +132,9 @@ class LinearMixer(NormalizedLinearAttention):
 
     @staticmethod
     def _check_length(position_ids: Tensor, max_length: int) -> None:
-        # On the CPU only: on a GPU reading them would wait for the device in every layer.
-        if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        # On the CPU only: on a GPU reading them would wait for the device in every layer. Fake ones hold no number.
+        fake = torch.compiler.is_compiling() or isinstance(position_ids, FakeTensor)
+        if position_ids.device.type == "cpu" and not fake:
             longest = int(position_ids.max()) + 1
             if longest > max_length:
                 raise ValueError(f"linear: cosformer is for {max_length} tokens (max_length), got a text of {longest}")

@@ -48,9 +48,9 @@ class Storage:
             with tempfile.NamedTemporaryFile(prefix="zoo-cache-", dir=self.folder) as file:
                 self._take_room(file, size * dtype.itemsize)
                 return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: what torch cannot map, such as a name not in UTF-8
             needed = f"{size * dtype.itemsize:,} bytes of the cache"
-            reason = error.strerror or str(error)
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
             raise StorageError(
                 f"{self.folder}: cannot keep {needed} ({reason}); give `cpu`, or a folder that can be written to and "
                 "has room"

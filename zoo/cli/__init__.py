@@ -59,6 +59,11 @@ def _parser() -> _Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `zoo` with `argv` (default: sys.argv) and return the exit status."""
+    if sys.stderr is None:  # closed, as by `2>&-`
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
+    if sys.stdout is None:
+        print("error: the output is closed; give it a terminal, a file or a pipe", file=sys.stderr)
+        return 2
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character gets its number
     try:
@@ -72,7 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
+    except OSError as error:
+        if error.filename is not None:
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's own last flush is quiet
-        return 141
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"error: the output cannot be written ({error.strerror}); give it another place", file=sys.stderr)
+        return 2
     return 0

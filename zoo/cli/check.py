@@ -8,13 +8,14 @@ from jsonargparse import ArgumentParser, Namespace
 
 from zoo import yaml
 from zoo.cli.errors import CommandError
+from zoo.cli.options import file_name
 from zoo.config import Layer, ZooConfig, load_config
 from zoo.models.summary import runs
 from zoo.pattern import shortest_period
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("file", type=str, metavar="FILE", help="A model file or a train file.")
+    parser.add_argument("file", type=file_name, metavar="FILE", help="A model file or a train file.")
 
 
 def run(arguments: Namespace) -> None:

@@ -13,6 +13,7 @@ import html
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -23,7 +24,7 @@ from zoo.blocks.registry import MixerPart
 from zoo.blocks.residual import RESIDUALS
 from zoo.cli.check import parts, span
 from zoo.cli.errors import CommandError
-from zoo.cli.options import Option, length
+from zoo.cli.options import Option, file_name, length
 from zoo.config import load_config
 from zoo.models.picture import layer_stack_svg
 from zoo.models.summary import Summary, runs, summarize
@@ -34,11 +35,13 @@ HEADER = ("layer", "block", "kind", "parameters", "FLOPs/token", "state")
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "file", type=str, nargs="?", metavar="FILE", help="A model file, or the folder of a saved model."
+        "file", type=file_name, nargs="?", metavar="FILE", help="A model file, or the folder of a saved model."
     )
     parser.add_argument("--length", type=length, default=4096, help="Tokens of a sequence: 4096, 128k, 1M.")
     parser.add_argument("--batch", type=Option(Size), default=1, help="Sequences in a training step.")
-    parser.add_argument("--html", type=str, default=None, help="Write a page with a picture to this file as well.")
+    parser.add_argument(
+        "--html", type=file_name, default=None, help="Write a page with a picture to this file as well."
+    )
     parser.add_argument("--kinds", action="store_true", help="List every kind of mixer and feed-forward instead.")
 
 
@@ -49,7 +52,7 @@ def run(arguments: Namespace) -> None:
     if arguments.file is None:
         raise CommandError("FILE is missing; give a model file, or --kinds")
     path = Path(arguments.file)
-    config = load_config(path / "config.json" if path.is_dir() else path)
+    config = load_config(path / "config.json" if os.path.isdir(path) else path)  # Path's raises for a name too long
     try:
         summary = summarize(config, arguments.length)
     except OverflowError as error:
@@ -164,15 +167,18 @@ def write_page(target: Path, source: Path, summary: Summary, batch: int) -> None
         f"<section>{''.join(f'<p>{html.escape(line)}</p>' for line in totals(summary, batch))}</section>"
         f"</main></body></html>\n"
     )
+    if not target.name:
+        raise CommandError(f"--html: {target}: is a folder; give a file")
     temporary = target.with_name(target.name + ".tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:  # source may not be UTF-8
             file.write(page)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a name that is too long cannot be removed either
+            temporary.unlink(missing_ok=True)
         raise CommandError(f"--html: {target}: cannot be written ({error.strerror}); give another file") from None
 
 

@@ -7,6 +7,7 @@ always takes the likeliest token.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from itertools import islice
 from pathlib import Path
@@ -26,9 +27,10 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from zoo.blocks.linear_mixer import LinearMixer
 from zoo.blocks.storage import StorageError
 from zoo.cli.errors import CommandError
-from zoo.cli.options import Option
+from zoo.cli.options import Option, file_name
 from zoo.config import load_config
 from zoo.models.cache import ZooCache
 from zoo.models.modeling import ZooForCausalLM
@@ -36,10 +38,12 @@ from zoo.models.streaming import obstacle, stream
 from zoo.schema import Count, NonNegative, Share, Size
 
 MAX_NEW_TOKENS = 200
+MIN_TEMPERATURE = 1e-6  # logits divided by less may be infinite
+CHARACTER = 4  # tokens that one character may take: as many as it has bytes
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", type=str, metavar="DIR", help="The folder of a saved model.")
+    parser.add_argument("folder", type=file_name, metavar="DIR", help="The folder of a saved model.")
     parser.add_argument("--prompt", type=str, required=True, help="The text to continue.")
     parser.add_argument(
         "--max-new-tokens",
@@ -55,7 +59,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--stream", action=ActionYesNo, default=True, help="Print as it comes, or all at the end.")
     parser.add_argument(
         "--offload",
-        type=str | None,
+        type=file_name,
         default=None,
         metavar="cpu|FOLDER",
         help="Keep the cache of landmark layers with top_k in CPU memory or in files, but for the landmarks.",
@@ -68,6 +72,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
+    if 0 < arguments.temperature < MIN_TEMPERATURE:
+        raise CommandError(
+            f"--temperature: {arguments.temperature} is too small to divide by; give 0, which takes the likeliest "
+            f"token, or at least {MIN_TEMPERATURE}"
+        )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     folder = Path(arguments.folder)
@@ -91,13 +100,15 @@ def run(arguments: Namespace) -> None:
             raise CommandError("--offload: is for a cache that grows, which --stream-context has not; leave one out")
         stream_context(model, input_ids.to(model.device), sampling, arguments, printer)
         return
+    new_tokens = arguments.max_new_tokens or MAX_NEW_TOKENS
+    check_length(model, input_ids.shape[1], new_tokens)
     cache = {} if arguments.offload is None else {"past_key_values": offloaded_cache(model, arguments.offload)}
     sys.stdout.write(arguments.prompt)
     try:
         output = model.generate(
             input_ids.to(model.device),
             attention_mask=torch.ones_like(input_ids, device=model.device),
-            max_new_tokens=arguments.max_new_tokens or MAX_NEW_TOKENS,
+            max_new_tokens=new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             streamer=printer if arguments.stream else None,
@@ -110,6 +121,30 @@ def run(arguments: Namespace) -> None:
         printer.put(output[:, : input_ids.shape[1]])
         printer.put(output[:, input_ids.shape[1] :])
         printer.end()
+
+
+def check_length(model: PreTrainedModel, prompt: int, new: int) -> None:
+    """Refuse a text that a layer is not for, as it would be refused in its midst or, on a GPU, come out wrong.
+
+    Args:
+        prompt, new: tokens.
+
+    Raises:
+        CommandError: it gets too long.
+    """
+    if not isinstance(model, ZooForCausalLM):
+        return
+    for i, layer in enumerate(model.model.layers):
+        for part in layer.modules():
+            if not isinstance(part, LinearMixer) or part.config.max_length is None:
+                continue
+            most = part.config.max_length
+            limit = f"layer {i} (linear, cosformer) is for {most}"
+            if model.config.stream_length(prompt) > most:
+                raise CommandError(f"--prompt: has {prompt} tokens, and {limit}; give a shorter text")
+            if model.config.stream_length(prompt + new - 1) > most:  # the last token is not read any more
+                given = f"{new} tokens after the prompt's {prompt} are too many, as {limit}"
+                raise CommandError(f"--max-new-tokens: {given}; lower it")
 
 
 def offloaded_cache(model: PreTrainedModel, place: str) -> ZooCache:
@@ -172,6 +207,7 @@ class TextPrinter(BaseStreamer):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO) -> None:
         self.tokenizer, self.out = tokenizer, out
+        self.silent = set(tokenizer.all_special_ids)
         self.tokens: list[int] = []
         self.written = 0  # tokens whose text has been written
         self.context = 0  # decoding starts here: some tokenizers join a token to the one before it
@@ -179,7 +215,7 @@ class TextPrinter(BaseStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         """`value` is `[tokens]` or `[1, tokens]`."""
-        self.tokens += value.flatten().tolist()
+        self.tokens += [token for token in value.flatten().tolist() if token not in self.silent]
         if not self.prompted:
             self.prompted = True
             self.written = len(self.tokens)
@@ -192,17 +228,32 @@ class TextPrinter(BaseStreamer):
         self.out.write("\n")
         self.out.flush()
 
-    def _pending(self) -> str:
+    def _pending(self, stop: int | None = None) -> str:
         before = self._decode(self.tokens[self.context : self.written])
-        return self._decode(self.tokens[self.context :])[len(before) :]
+        return self._decode(self.tokens[self.context : stop])[len(before) :]
 
     def _write(self, text: str, is_last: bool) -> None:
         # A replacement character at the end stands for bytes whose character may not be complete yet.
         if text and (is_last or not text.endswith("�")):
-            self.out.write(text)
-            self.out.flush()
+            self._say(text)
             del self.tokens[: self.written]  # a text may have no end
             self.context, self.written = 0, len(self.tokens)
+        elif len(self.tokens) - self.written > CHARACTER:
+            self._give_up(text)
+
+    def _give_up(self, text: str) -> None:
+        """Write what the pending tokens certainly are, if they are no character or no text: nothing that comes may make
+        them one. They are no context for later ones."""
+        for last in range(len(self.tokens) - 1, self.written, -1):
+            before, after = self._pending(last), self._decode(self.tokens[last:])
+            if before + after == text:  # else the bytes of one character are on both sides
+                break
+        self._say(self._pending(last))
+        del self.tokens[self.written : last]
+
+    def _say(self, text: str) -> None:
+        self.out.write(text)
+        self.out.flush()
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -214,7 +265,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         CommandError, ConfigError: what is wrong.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path's raises for a name that is too long
         raise CommandError(f"{folder}: is not a folder; give the folder of a saved model, such as runs/NAME/export")
     config = folder / "config.json"
     if not config.is_file():

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from zoo.cli.check import stack
 from zoo.cli.errors import CommandError
-from zoo.cli.options import byte_size
+from zoo.cli.options import byte_size, file_name
 from zoo.hub.folders import SHARD_BYTES, Converted, Format, convert
 from zoo.models.families.base import FamilyError
 
@@ -30,8 +30,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def add_folders(parser: ArgumentParser) -> None:
     """What import and export share."""
-    parser.add_argument("source", type=str, metavar="SRC", help="A folder with config.json and safetensors.")
-    parser.add_argument("target", type=str, metavar="DST", help="The folder to write; it must not exist.")
+    parser.add_argument("source", type=file_name, metavar="SRC", help="A folder with config.json and safetensors.")
+    parser.add_argument("target", type=file_name, metavar="DST", help="The folder to write; it must not exist.")
     parser.add_argument("--shard-size", type=byte_size, default=SHARD_BYTES,
                         help="Size of a file of weights, such as 5GB.")  # fmt: skip
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.ops.varlen import document_ids
+from zoo.ops.varlen import document_ids, real_first
 
 
 class Lists(NamedTuple):
@@ -46,7 +46,7 @@ class Places:
             self.start = cu_seqlens.long()[self.document]
         if key_mask is not None:
             self.position = (key_mask.long().cumsum(1) - 1).masked_fill(~key_mask, -1)
-            self.order = (~key_mask).long().argsort(dim=1, stable=True)
+            self.order = real_first(key_mask)
 
     def per_key(self) -> Tensor:
         """`[B, L]`: `position`, with or without documents and a mask."""

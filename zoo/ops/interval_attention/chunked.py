@@ -11,6 +11,7 @@ Legend: b batch, T queries, L keys, H heads, K kv heads, G = H/K query heads per
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from zoo.ops.dispatch import implements, outside_autocast
 
 MAX_LOGITS = 2**19  # held at once
 MAX_QUERIES = 128  # in a chunk: a longer one computes more logits that are masked
+MAX_WASTE = 4  # times the logits that its queries would compute one at a time: their keys may lie far apart
+MIN_LOGITS = 2**15  # which take no longer than to start one more chunk
 
 
 @implements("interval_attention", "torch")
@@ -45,25 +48,33 @@ class Chunk(NamedTuple):
 def chunks(rows: Tensor, keys: Tensor, first: Tensor, stop: Tensor) -> Iterator[Chunk]:
     """All queries `[b*K, T, G, D]`, scaled, some at a time, with keys `[b*K, L, D]`."""
     groups, length, group, _ = rows.shape
-    longest = max(1, int((stop - first).max()))
-    size = min(MAX_QUERIES, max(1, MAX_LOGITS // (groups * group * longest)))
     is_empty = stop <= first
     low, high = torch.where(is_empty, keys.shape[1], first), torch.where(is_empty, 0, stop)
     last_low, first_high = torch.where(is_empty, 0, first), torch.where(is_empty, 0, stop)
-    bounds = torch.stack([low.amin(0), -high.amax(0), -last_low.amax(0), first_high.amin(0)])
-    bounds = torch.stack([part.amin(1) for part in bounds.split(size, 1)], 1)
-    bounds[1:3].neg_()
-    for i, (low, high, last_low, first_high) in enumerate(bounds.T.tolist()):
-        low, now = min(low, high), slice(i * size, min((i + 1) * size, length))
+    bounds = torch.stack([low.amin(0), high.amax(0), last_low.amax(0), first_high.amin(0)]).tolist()
+    lows, highs, last_lows, first_highs = bounds
+    own = [0, *accumulate(max(0, high - low) for low, high in zip(lows, highs, strict=True))]
+    end = 0
+    while end < length:
+        begin, end = end, min(end + MAX_QUERIES, length)
+        while True:
+            now = slice(begin, end)
+            low, high = min(lows[now]), max(highs[now])
+            count, spanned = end - begin, groups * group * (end - begin) * max(0, high - low)
+            wasteful = MAX_WASTE * groups * group * (own[end] - own[begin])
+            if count == 1 or spanned <= min(MAX_LOGITS, max(MIN_LOGITS, wasteful)):
+                break
+            end = begin + count // 2
+        low, last_low, first_high = min(low, high), max(last_lows[now]), min(first_highs[now])
         logits = rows[:, now].flatten(1, 2) @ keys[:, low:high].mT
         logits = logits.unflatten(1, (-1, group))
         # Only at either end is anything hidden that another of these queries sees.
-        for begin, end in ((low, min(last_low, high)), (max(first_high, low), high)):
-            if begin < end:
-                index = torch.arange(begin, end, device=rows.device)
+        for start, until in ((low, min(last_low, high)), (max(first_high, low), high)):
+            if start < until:
+                index = torch.arange(start, until, device=rows.device)
                 hidden = (index < first[:, now, None]) | (index >= stop[:, now, None])
                 hidden = hidden.repeat_interleave(groups // len(first), 0)[:, :, None]
-                logits[..., begin - low : end - low].masked_fill_(hidden, -torch.inf)
+                logits[..., start - low : until - low].masked_fill_(hidden, -torch.inf)
         yield Chunk(now, slice(low, high), logits, last_low == low)
 
 
@@ -71,6 +82,12 @@ def by_head(x: Tensor, kv_heads: int) -> Tensor:
     """`[b, T, H, ...]` to `[b*K, T, G, ...]` in at least float32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(2, (kv_heads, -1))
     return x.movedim(2, 1).flatten(0, 1).contiguous()
+
+
+def keys_by_head(x: Tensor, queries: int) -> Tensor:
+    """`[b, L, K, D]` to `[b*K, L, D]` in at least float32. A few queries read those of one row where they lie."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(2, 1).flatten(0, 1)
+    return x if queries <= MAX_QUERIES else x.contiguous()
 
 
 def _by_token(x: Tensor, batch: int) -> Tensor:
@@ -84,7 +101,7 @@ def _by_token(x: Tensor, batch: int) -> Tensor:
 @torch.library.custom_op("zoo::interval_attention_forward", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, stop: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     kv_heads = k.shape[2]
-    rows, (keys, values) = by_head(q, kv_heads) * scale, (by_head(x, kv_heads)[:, :, 0] for x in (k, v))
+    rows, (keys, values) = by_head(q, kv_heads) * scale, (keys_by_head(x, q.shape[1]) for x in (k, v))
     out, lse = rows.new_zeros(*rows.shape[:3], v.shape[3]), rows.new_full(rows.shape[:3], -torch.inf)
     for chunk in chunks(rows, keys, first, stop):
         if not chunk.logits.numel():
@@ -125,7 +142,7 @@ def _backward(
         delta -= grad_lse.masked_fill(lse == -torch.inf, 0)
     lse = lse.masked_fill(lse == -torch.inf, 0)
     rows, grads, delta, lse = (by_head(x, kv_heads) for x in (q, grad_out, delta, lse))
-    keys, values = (by_head(x, kv_heads)[:, :, 0] for x in (k, v))
+    keys, values = (keys_by_head(x, q.shape[1]) for x in (k, v))
     rows = rows * scale
     grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (rows, keys, values))
     for chunk in chunks(rows, keys, first, stop):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.ops.dispatch import implements
-from zoo.ops.interval_attention.chunked import by_head, chunks, exponentials
+from zoo.ops.interval_attention.chunked import by_head, chunks, exponentials, keys_by_head
 
 
 @torch.library.custom_op("zoo::select_blocks", mutates_args=())
@@ -33,7 +33,7 @@ def _select_blocks(
     # How many strides each compressed block of a selected one has in it, and each of the selected block before.
     index = torch.arange(per_block, device=q.device)
     weights = torch.stack([(index + reach).clamp(max=per_block) - index, (index - per_block + reach).clamp(min=0)], 1)
-    rows, short = by_head(q, kv_heads) * scale, by_head(k, kv_heads)[:, :, 0]
+    rows, short = by_head(q, kv_heads) * scale, keys_by_head(k, length)
     weights = weights.to(rows)
     if lse is not None:
         lse = by_head(lse.masked_fill(lse == -torch.inf, 0), kv_heads)[..., None].to(rows)
