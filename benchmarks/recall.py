@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
 
@@ -161,25 +160,21 @@ def gates(model: ZooForCausalLM) -> dict[str, list[float]]:
 
 @torch.inference_mode()
 def recall_by_distance(study: Study, model: ZooForCausalLM, use_cache: bool) -> list[dict[str, float]]:
-    """Of the keys asked for at each distance, the share of symbols, and of whole keys, that the model is right about;
-    and the share of symbols `beside`, in place of which it says the one before or after. It is told what the key was up
-    to the symbol in question, which does not matter to whole keys."""
+    """Of the keys asked for at each distance, the share of symbols, and of whole keys, that the model is right about.
+    It is told what the key was up to the symbol in question, which does not matter to whole keys."""
     model.eval()
     found = []
     for distance in study.distances:
-        task, right, beside = study.task(distance, HELD_OUT), [], []
+        task, right = study.task(distance, HELD_OUT), []
         rows = max(1, CHUNK // task.length)
         for start in range(0, study.keys, rows):
             batch = task.batch(start, min(rows, study.keys - start))
             logits = model(batch["input_ids"], use_cache=use_cache).logits[:, :-1]
             labels = batch["labels"][:, 1:]
             asked = labels != -100
-            said, key = (x[asked].view(len(labels), -1) for x in (logits.argmax(-1), labels))
-            right.append(said == key)
-            before, after = (F.pad(key, pad, value=-1) for pad in ((1, -1), (-1, 1)))
-            beside.append(((said == before) | (said == after)) & (said != key))
-        hits, near = torch.cat(right).double(), torch.cat(beside).double()
-        shares = {"symbols": hits.mean().item(), "keys": hits.prod(1).mean().item(), "beside": near.mean().item()}
+            right.append((logits.argmax(-1) == labels)[asked].view(len(labels), -1))
+        hits = torch.cat(right)
+        shares = {"symbols": hits.double().mean().item(), "keys": hits.all(1).double().mean().item()}
         found.append({"distance": distance} | {name: machine.rounded(share) for name, share in shares.items()})
     return found
 

@@ -22,7 +22,6 @@ COLORS = {
     "window": "#888888", "landmark": "#d9822b", "hierarchical": "#1f6fb4", "infini": "#3f9b5b",
     "infini delta": "#8a5fb4",
 }  # fmt: skip
-LITTLE = 0.01  # symbols wrong, not worth an explanation
 Result = dict[str, Any]
 
 INTRODUCTION = """# Recall beyond the window
@@ -53,13 +52,6 @@ Mean of all seeds, and the worst seed in brackets.
 CACHE = """
 `landmark, top_k 2` is the same landmark models reading through their cache: each head of a token then reads its own
 block and two others, at stingy positions.
-"""
-BESIDE = """
-## Just beyond the window
-
-At distance {window} the windows of the layers below have lost the symbol that is asked for and still see the one after
-it. How much of what is wrong there is a symbol of the key beside the right one:
-
 """
 GATES = """
 ## Infini's gates
@@ -96,16 +88,6 @@ def page(results: list[Result]) -> str:
         parts.append(text.format(**study) + table(head, lines))
     if any("cache" in result["recall"] for result in results):
         parts.append(CACHE)
-    if study["window"] in study["distances"]:
-        place = study["distances"].index(study["window"])
-        lines = []
-        for name, curves in series.items():
-            wrong = sum(1 - curve[place]["symbols"] for curve in curves) / len(curves)
-            beside = sum(curve[place]["beside"] for curve in curves) / len(curves)
-            if wrong > LITTLE:
-                lines.append((name, f"{wrong:.1%}", f"{beside / wrong:.0%}"))
-        if lines:
-            parts.append(BESIDE.format(**study) + table(("mixer", "symbols wrong", "of them beside"), lines))
     lines = [
         (result["mixer"], str(result["seed"]), *(f"{gate:.2f}" for gate in result["history"]["gates"][-1]))
         for result in with_gates(results)

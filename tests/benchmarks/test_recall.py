@@ -2,11 +2,9 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import recall, recall_report
 from benchmarks.recall import Study
@@ -74,10 +72,7 @@ def results():
     """Two seeds of what a study would write."""
 
     def one(name, seed, shares):
-        curve = [
-            {"distance": d, "symbols": x, "keys": x / 2, "beside": (1 - x) / 4}
-            for d, x in zip((16, 32), shares, strict=True)
-        ]
+        curve = [{"distance": d, "symbols": x, "keys": x / 2} for d, x in zip((16, 32), shares, strict=True)]
         found = recall.given(SMALL, name, seed) | {"cpu_seconds": {"all": 240}, "recall": {"forward": curve}}
         found["history"] = {"step": [1, 2], "loss": [2.0, 1.0]}
         if name == "infini":
@@ -86,7 +81,7 @@ def results():
 
     infini = [one("infini", seed, shares) for seed, shares in enumerate([(1.0, 0.75), (0.9, 0.25)])]
     landmark = one("landmark", 0, (1.0, 0.995))
-    landmark["recall"]["cache"] = [{"distance": d, "symbols": 0.8, "keys": 0.7, "beside": 0.1} for d in (16, 32)]
+    landmark["recall"]["cache"] = [{"distance": d, "symbols": 0.8, "keys": 0.7} for d in (16, 32)]
     return [landmark, *infini]
 
 
@@ -96,29 +91,6 @@ def test_the_page_has_every_figure(results):
     assert "| infini | 2 | 95.0% | 50.0% |" in page and "| infini | 2 | 47.5% (45.0%) | 25.0% (12.5%) |" in page
     assert "| landmark, top_k 2 | 1 | 80.0% | 80.0% |" in page
     assert "| infini | 1 | 0.61 | 0.38 |" in page
-
-
-def test_what_is_said_in_place_of_the_right_symbol(results):
-    assert "Just beyond the window" not in recall_report.page(results), "no distance is the window"
-    for result in results:
-        result["study"]["window"] = 16
-    page = recall_report.page(results)
-    assert "At distance 16 the windows" in page and "| infini | 5.0% | 25% |" in page
-    assert "| landmark | 0.0%" not in page and "| landmark, top_k 2 | 20.0% | 50% |" in page
-
-
-def test_a_symbol_beside_the_right_one_is_counted():
-    class Model(torch.nn.Module):
-        """It says the symbol after the one that is asked for."""
-
-        def forward(self, ids, use_cache):
-            wanted = torch.roll(ids, -2, 1)
-            return SimpleNamespace(logits=torch.nn.functional.one_hot(wanted, TINY.symbols + 2).float())
-
-    study = replace(TINY, key_length=3, keys=64)
-    for each in recall.recall_by_distance(study, Model(), use_cache=False):
-        # By chance a symbol is like its neighbour, or the noise behind the key is the one before.
-        assert each["symbols"] < 0.3 and 0.5 < each["beside"] < 0.8
 
 
 def test_without_infini_the_page_has_no_gates(results, tmp_path):
