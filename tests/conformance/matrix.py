@@ -58,8 +58,8 @@ GAPS = {
 LIMITS = (
     *(f"no row has the {role} `{kind}`: {why}." for (role, kind), why in ELSEWHERE.items()),
     "backend: on the CPU: `torch`, and `triton` interpreted, in float32 and one layer, for the subjects of one kind of "
-    "mixer, but for the delta rule, which has no kernels, and hierarchical attention, whose kernels have tests of their "
-    "own. `library` needs a GPU (benchmarks/gpu_suite.py).",
+    "mixer, but for the delta rule, which has no kernels, and hierarchical attention, whose kernels have tests of "
+    "their own. `library` needs a GPU (benchmarks/gpu_suite.py).",
     "compile: aot_eager for every subject and inductor for one, without packed documents (the ops compile with them, "
     "but for infini_attention, which reads their bounds on the CPU).",
     "precision: a mixer is run once over the 16,384 tokens; a row with ok has the mixers of rows above.",
